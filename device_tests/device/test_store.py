@@ -1,0 +1,508 @@
+"""The writer under failing disks, power cuts, damage and company."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgelocal.errors import CheckpointError, StorageError, UsageError
+from edgelocal.state import TrainingState, encode_state
+from edgelocal.store import CheckpointStore, Disk, Loaded, atomic_write, lock, make_folders, staging
+
+OLD, NEW = b"old" * 100, b"new!" * 300
+
+
+def checkpoint(number: int) -> list[bytes | memoryview]:
+    return encode_state(TrainingState({"n": number}, {"w": np.full(300, number, np.float32)}), "abc")
+
+
+def number_of(loaded: Loaded | None) -> int:
+    """The number a loaded checkpoint was made with, from both its halves; 0 for none."""
+    if loaded is None:
+        return 0
+    np.testing.assert_array_equal(loaded.state.tensors["w"], np.full(300, loaded.state.progress["n"], np.float32))
+    return int(loaded.state.progress["n"])
+
+
+def store_with(folder: Path, commits: int) -> CheckpointStore:
+    store = CheckpointStore(folder)
+    for number in range(1, commits + 1):
+        store.commit(checkpoint(number))
+    return store
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+class FailingDisk(Disk):
+    """Works on the real disk, but operation number `at` fails: once, or together with all that follow."""
+
+    def __init__(self, at: int, forever: bool, error: int = errno.ENOSPC) -> None:
+        self.at, self.forever, self.error, self.count = at, forever, error, 0
+
+    def _step(self) -> None:
+        self.count += 1
+        if self.count == self.at or (self.forever and self.count > self.at):
+            raise OSError(self.error, os.strerror(self.error))
+
+    @property
+    def failed(self) -> bool:
+        return self.count >= self.at
+
+    def create(self, path: Path) -> int:
+        self._step()
+        return super().create(path)
+
+    def open(self, path: Path) -> int:
+        self._step()
+        return super().open(path)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        self._step()
+        return super().write(descriptor, data[:500])
+
+    def sync(self, descriptor: int) -> None:
+        self._step()
+        super().sync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        super().close(descriptor)
+        self._step()
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._step()
+        super().rename(source, target)
+
+    def remove(self, path: Path) -> None:
+        self._step()
+        super().remove(path)
+
+    def make_folder(self, path: Path) -> None:
+        self._step()
+        super().make_folder(path)
+
+    def names(self, folder: Path) -> list[str]:
+        self._step()
+        return super().names(folder)
+
+    def free_bytes(self, folder: Path) -> int:
+        self._step()
+        return super().free_bytes(folder)
+
+
+def storage_error_of(action: Callable[[FailingDisk], None], disk: FailingDisk) -> StorageError | None:
+    try:
+        action(disk)
+    except StorageError as error:
+        return error
+    return None
+
+
+def every_failure(action: Callable[[FailingDisk], None]) -> Iterator[bool]:
+    """Runs `action` with every operation failing, until it runs untouched; yields whether the failure was for ever."""
+    for forever, error in itertools.product((False, True), (errno.ENOSPC, errno.EIO, errno.EROFS)):
+        for at in itertools.count(1):
+            disk = FailingDisk(at, forever, error)
+            failure = storage_error_of(action, disk)
+            assert disk.failed == (failure is not None), "a failed operation must be told"
+            if failure is not None:
+                assert os.strerror(error) in str(failure)
+                assert "free" in str(failure)
+                yield forever
+            if not disk.failed:
+                assert at > 5
+                break
+
+
+def test_atomic_write_leaves_old_or_new_when_any_operation_fails(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(OLD)
+
+    def write(disk: FailingDisk) -> None:
+        atomic_write(path, [NEW], disk)
+
+    for forever in every_failure(write):
+        assert path.read_bytes() in (OLD, NEW)
+        assert forever or names(tmp_path) == ["report.json"]
+        for leftover in tmp_path.glob(".*"):
+            leftover.unlink()
+        path.write_bytes(OLD)
+
+
+def test_a_commit_leaves_the_old_state_whole_when_any_operation_fails(tmp_path: Path) -> None:
+    run = tmp_path / "deep" / "run"
+    store_with(run, 2)
+    number = 2
+
+    def commit(disk: FailingDisk) -> None:
+        CheckpointStore(run, disk=disk).commit(checkpoint(number + 1))
+
+    for _ in every_failure(commit):
+        reopened = CheckpointStore(run)
+        found = number_of(reopened.load("abc"))
+        assert found in (number, number + 1)
+        assert not list((run / "state").glob(".*"))
+        number = found
+
+
+def test_a_file_size_limit_at_every_256th_byte_leaves_the_old_state(tmp_path: Path) -> None:
+    store = store_with(tmp_path, 1)
+    size = sum(memoryview(chunk).nbytes for chunk in checkpoint(2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in range(0, size, 256):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(StorageError, match=f"File too large .{size} bytes needed"):
+                store.commit(checkpoint(2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert names(tmp_path / "state") == ["00000001.ckpt"]
+    assert number_of(store.load("abc")) == 1
+
+
+def test_a_disk_that_takes_no_bytes_is_an_error(tmp_path: Path) -> None:
+    class Stuck(Disk):
+        def write(self, descriptor: int, data: memoryview) -> int:
+            return 0
+
+    with pytest.raises(StorageError, match="took no bytes"):
+        atomic_write(tmp_path / "a", [NEW], Stuck())
+
+
+def test_atomic_write_takes_any_chunks_and_does_not_follow_links(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    view = np.arange(4, dtype=np.int32).data
+    chunks: list[bytes | memoryview] = [b"", b"ab", view, np.empty(0).data]
+    assert atomic_write(path, iter(chunks)) == 18
+    assert path.read_bytes() == b"ab" + view.tobytes()
+    (tmp_path / "b").symlink_to(path)
+    atomic_write(tmp_path / "b", [b"new"])
+    assert path.stat().st_size == 18
+
+
+def test_an_interrupted_write_leaves_no_temporary(tmp_path: Path) -> None:
+    class Interrupted(Disk):
+        def sync(self, descriptor: int) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(tmp_path / "a", [NEW], Interrupted())
+    assert names(tmp_path) == []
+
+
+def test_two_generations_are_kept_and_numbers_never_return(tmp_path: Path) -> None:
+    store = store_with(tmp_path, 12)
+    assert names(store.folder) == ["00000011.ckpt", "00000012.ckpt"]
+    assert CheckpointStore(tmp_path).commit(checkpoint(13)).name == "00000013.ckpt"
+    assert store.written_bytes == 12 * sum(memoryview(chunk).nbytes for chunk in checkpoint(1))
+
+
+def test_opening_removes_temporaries_unless_it_only_reads(tmp_path: Path) -> None:
+    store = store_with(tmp_path, 1)
+    (store.folder / ".00000002.ckpt.77.tmp").write_bytes(b"half")
+    (store.folder / "notes.txt").write_text("kept")
+    assert number_of(CheckpointStore(tmp_path, writable=False).load("abc")) == 1
+    assert len(names(store.folder)) == 3
+    CheckpointStore(tmp_path)
+    assert names(store.folder) == ["00000001.ckpt", "notes.txt"]
+
+
+def test_nothing_committed_is_none(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "new", writable=False).load("abc") is None
+    assert not (tmp_path / "new").exists()
+    assert CheckpointStore(tmp_path / "new").load("abc") is None
+
+
+def test_any_damaged_byte_of_the_newest_falls_back_and_says_so(tmp_path: Path) -> None:
+    store = store_with(tmp_path, 2)
+    newest = store.folder / "00000002.ckpt"
+    data = newest.read_bytes()
+    for place in range(0, len(data), 7):
+        newest.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+        loaded = CheckpointStore(tmp_path).load("abc")
+        assert number_of(loaded) == 1
+        assert loaded is not None
+        assert [path for path, _ in loaded.skipped] == [newest]
+
+
+def test_a_damaged_generation_does_not_count_as_one_of_the_two_kept(tmp_path: Path) -> None:
+    store = store_with(tmp_path, 2)
+    (store.folder / "00000002.ckpt").write_bytes(b"damaged")
+    assert number_of(store.load("abc")) == 1
+    store.commit(checkpoint(3))
+    assert names(store.folder) == ["00000001.ckpt", "00000003.ckpt"]
+
+
+def test_all_damaged_is_refused_never_a_silent_restart(tmp_path: Path) -> None:
+    store = store_with(tmp_path, 2)
+    for name in names(store.folder):
+        (store.folder / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole \(00000002.ckpt: .*00000001.ckpt: .*restore"):
+        store.load("abc")
+
+
+def test_another_fingerprint_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"00000002.ckpt: the checkpoint belongs to another bundle"):
+        store_with(tmp_path, 2).load("xyz")
+
+
+@pytest.mark.parametrize(("error", "expected"), [(errno.EIO, 1), (errno.EACCES, None)])
+def test_only_a_failing_medium_counts_as_damage(tmp_path: Path, error: int, expected: int | None) -> None:
+    class Unreadable(Disk):
+        def read(self, path: Path) -> bytes:
+            if path.name == "00000002.ckpt":
+                raise OSError(error, os.strerror(error))
+            return super().read(path)
+
+    store_with(tmp_path, 2)
+    store = CheckpointStore(tmp_path, disk=Unreadable())
+    if expected is None:
+        with pytest.raises(CheckpointError, match="Permission denied; check permissions"):
+            store.load("abc")
+    else:
+        assert number_of(store.load("abc")) == expected
+
+
+def test_a_file_in_the_way_of_a_folder_is_said(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(StorageError, match=r"run: File exists"):
+        make_folders(tmp_path / "run" / "state")
+
+
+HOLD = """
+import sys; from pathlib import Path; from edgelocal.store import lock; from edgelocal.errors import UsageError
+try:
+    with lock(Path(sys.argv[1])):
+        print("held", flush=True); sys.stdin.read()
+except UsageError as error:
+    print("refused", error, flush=True); sys.stdin.read()
+"""
+
+
+def test_one_of_many_concurrent_starts_trains(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    starts = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    answers = [start.stdout.readline() if start.stdout else "" for start in starts]
+    assert sorted(answer.split()[0] for answer in answers) == ["held"] + ["refused"] * 5
+    holder = next(start for start, answer in zip(starts, answers, strict=True) if answer == "held\n")
+    with pytest.raises(UsageError, match=rf"\(pid {holder.pid}\) is training into this run"), lock(tmp_path / "run"):
+        pass
+    holder.kill()  # the system drops the lock of a killed process
+    holder.wait()
+    with lock(tmp_path / "run"):
+        pass
+    for start in starts:
+        start.communicate()
+
+
+def test_a_file_system_that_cannot_lock_is_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(StorageError, match="locking the run"), lock(tmp_path):
+        pass
+
+
+def test_staging_appears_whole(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "bundle"
+    with staging(out) as folder:
+        (folder / "blocks").mkdir()
+        (folder / "blocks" / "x").write_text("x")
+        assert not out.exists()
+    assert (out / "blocks" / "x").read_text() == "x"
+    assert names(out.parent) == ["bundle"]
+    with pytest.raises(UsageError, match="exists already; choose another name or remove it"), staging(out):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("x"), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (FileNotFoundError(errno.ENOENT, "x"), FileNotFoundError),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageError),
+    ],
+)
+def test_staging_leaves_nothing_when_the_body_fails(
+    tmp_path: Path, error: BaseException, expected: type[BaseException]
+) -> None:
+    def fill() -> None:
+        with staging(tmp_path / "out") as folder:
+            (folder / "x").write_text("x")
+            raise error
+
+    with pytest.raises(expected):
+        fill()
+    assert names(tmp_path) == []
+
+
+def test_staging_leaves_nothing_or_all_when_any_operation_fails(tmp_path: Path) -> None:
+    runs = (tmp_path / str(number) for number in itertools.count())
+    used: list[Path] = []
+
+    def fill(disk: FailingDisk) -> None:
+        used.append(next(runs))
+        used[-1].mkdir()
+        with staging(used[-1] / "out", disk) as folder:
+            (folder / "x").write_bytes(NEW)
+
+    for _ in every_failure(fill):
+        assert names(used[-1]) in ([], ["out"])
+        assert all((used[-1] / name / "x").read_bytes() == NEW for name in names(used[-1]))
+
+
+class PowerCutDisk(Disk):
+    """A folder in memory that remembers what is on the medium and what is only promised.
+
+    Weak on purpose: after a power cut any subset of the unsynced changes of the folder may have happened, and an
+    unsynced file may hold nothing, a half or all of what was written. `check` sees every such state after each step.
+    """
+
+    def __init__(self, check: Callable[[PowerCutDisk], None] | None = None) -> None:
+        self.contents: list[bytes] = []  # by file, as written
+        self.durable: list[bytes] = []  # by file, as on the medium
+        self.entries: dict[str, int] = {}
+        self.durable_entries: dict[str, int] = {}
+        self.pending: list[tuple[str | None, str | None, int]] = []  # name gone, name come, file
+        self.check = check
+
+    def _step(self) -> None:
+        for state in self.power_cuts() if self.check else ():
+            assert self.check is not None
+            self.check(state)
+
+    def _change(self, gone: str | None, come: str | None, file: int) -> None:
+        self.pending.append((gone, come, file))
+        _apply(self.entries, self.pending[-1:])
+        self._step()
+
+    def power_cuts(self) -> Iterator[PowerCutDisk]:
+        for happened in itertools.product((False, True), repeat=len(self.pending)):
+            entries = dict(self.durable_entries)
+            _apply(entries, list(itertools.compress(self.pending, happened)))
+            files = sorted(set(entries.values()))
+            torn = [{self.durable[f], self.contents[f][: len(self.contents[f]) // 2], self.contents[f]} for f in files]
+            kept = [
+                t if self.durable[f] != self.contents[f] else {self.durable[f]}
+                for f, t in zip(files, torn, strict=True)
+            ]
+            for choice in itertools.product(*kept):
+                state = PowerCutDisk()
+                state.contents = list(choice)
+                state.entries = {name: files.index(file) for name, file in entries.items()}
+                yield state
+
+    def create(self, path: Path) -> int:
+        self.contents.append(b"")
+        self.durable.append(b"")
+        self._change(None, path.name, len(self.contents) - 1)
+        return len(self.contents) - 1
+
+    def open(self, path: Path) -> int:
+        return -1  # only the folder is ever opened
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        self.contents[descriptor] += bytes(data)
+        self._step()
+        return data.nbytes
+
+    def sync(self, descriptor: int) -> None:
+        if descriptor >= 0:
+            self.durable[descriptor] = self.contents[descriptor]
+        else:
+            self.durable_entries, self.pending = dict(self.entries), []
+        self._step()
+
+    def close(self, descriptor: int) -> None:
+        pass
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._change(source.name, target.name, self.entries[source.name])
+
+    def remove(self, path: Path) -> None:
+        self._change(path.name, None, self.entries[path.name])
+
+    def is_folder(self, path: Path) -> bool:
+        return True
+
+    def names(self, folder: Path) -> list[str]:
+        return list(self.entries)
+
+    def read(self, path: Path) -> bytes:
+        return self.contents[self.entries[path.name]]
+
+
+def _apply(entries: dict[str, int], changes: list[tuple[str | None, str | None, int]]) -> None:
+    for gone, come, file in changes:
+        if gone is not None:
+            entries.pop(gone, None)
+        if come is not None:
+            entries[come] = file
+
+
+class WithoutFileSync(PowerCutDisk):
+    def sync(self, descriptor: int) -> None:
+        if descriptor < 0:
+            super().sync(descriptor)
+
+
+class WithoutFolderSync(PowerCutDisk):
+    def sync(self, descriptor: int) -> None:
+        if descriptor >= 0:
+            super().sync(descriptor)
+
+
+class InPlace(PowerCutDisk):
+    def create(self, path: Path) -> int:
+        return super().create(path.with_name(path.name[1:].split(".")[0] + ".ckpt"))
+
+    def rename(self, source: Path, target: Path) -> None:
+        pass
+
+
+class DeleteThenRename(PowerCutDisk):
+    def rename(self, source: Path, target: Path) -> None:
+        for name in [name for name in self.entries if name.endswith(".ckpt")]:
+            self.remove(Path(name))
+        super().rename(source, target)
+
+
+def cut_power_everywhere(kind: type[PowerCutDisk], commits: int = 12) -> tuple[int, int]:
+    """States seen, and those in which an acknowledged checkpoint is lost or a torn one is in its place."""
+    states = bad = acknowledged = 0
+
+    def check(state: PowerCutDisk) -> None:
+        nonlocal states, bad
+        states += 1
+        try:
+            loaded = CheckpointStore(Path("/run"), writable=False, disk=state).load("abc")
+            torn = loaded is not None and bool(loaded.skipped)
+            bad += torn or number_of(loaded) not in (acknowledged, acknowledged + 1)
+        except CheckpointError:
+            bad += 1
+
+    store = CheckpointStore(Path("/run"), disk=kind(check))
+    for number in range(1, commits + 1):
+        store.commit(checkpoint(number))
+        acknowledged = number
+    return states, bad
+
+
+def test_a_power_cut_at_any_instant_loses_nothing() -> None:
+    states, bad = cut_power_everywhere(PowerCutDisk)
+    assert states > 300
+    assert bad == 0
+
+
+@pytest.mark.parametrize("kind", [WithoutFileSync, WithoutFolderSync, InPlace, DeleteThenRename])
+def test_the_same_check_finds_each_broken_protocol(kind: type[PowerCutDisk]) -> None:
+    assert cut_power_everywhere(kind, commits=3)[1] > 0

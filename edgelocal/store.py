@@ -1,0 +1,343 @@
+"""The only writer: files and folders that appear whole or not at all, generations of checkpoints, one writer a run.
+
+A write goes to a temporary file in the same folder, is flushed to the medium, renamed into place, and the folder is
+flushed. Leaving out any of the four loses or tears files when power fails. POSIX only (flock, folder fsync).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelocal.budget import format_size
+from edgelocal.errors import CheckpointError, StorageError, UsageError
+from edgelocal.state import DamagedCheckpointError, TrainingState, decode_state
+
+KEPT_GENERATIONS = 2
+_GENERATION = re.compile(r"([0-9]{8,18})\.ckpt")
+_TEMPORARY = re.compile(r"\..+\.tmp")
+_DISK_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+
+
+class Disk:
+    """Every operation the writer asks of the system, one method each, so that a test can fail or record any of them.
+
+    Each raises OSError as the system does.
+    """
+
+    def create(self, path: Path) -> int:
+        """Descriptor of a new or emptied file, never through a symbolic link."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+    def open(self, path: Path) -> int:
+        """Descriptor of an existing file or folder, to flush it."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Bytes of `data` that were taken; may be fewer than all."""
+        return os.write(descriptor, data)
+
+    def sync(self, descriptor: int) -> None:
+        """Returns once the file or folder is on the medium."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Release the descriptor."""
+        os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Replaces a file at `target` in one step."""
+        source.replace(target)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file."""
+        path.unlink()
+
+    def is_folder(self, path: Path) -> bool:
+        """Whether a folder is at `path`."""
+        return path.is_dir()
+
+    def make_folder(self, path: Path) -> None:
+        """Make one folder; FileExistsError when there is anything at `path`."""
+        path.mkdir()
+
+    def names(self, folder: Path) -> list[str]:
+        """Names in `folder`, in no order."""
+        return [entry.name for entry in folder.iterdir()]
+
+    def read(self, path: Path) -> bytes:
+        """All bytes of a file."""
+        return path.read_bytes()
+
+    def free_bytes(self, folder: Path) -> int:
+        """Bytes this user may still write below `folder`."""
+        return shutil.disk_usage(folder).free
+
+
+DISK = Disk()
+
+
+def atomic_write(path: Path, chunks: Iterable[bytes | memoryview], disk: Disk = DISK) -> int:
+    """Write a file so that after any failure `path` holds its old or its new content, whole; returns its bytes.
+
+    When this returns the file survives a power cut. Peak memory: the chunks.
+
+    Raises:
+        StorageError: the system refused an operation; the message gives path, reason, bytes needed and free.
+    """
+    views = [memoryview(chunk).cast("B") for chunk in chunks if memoryview(chunk).nbytes]
+    size = sum(view.nbytes for view in views)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _storage_errors(path, disk, f"{size} bytes needed"):
+        try:
+            _write_file(temporary, views, disk)
+            disk.rename(temporary, path)
+        except BaseException:
+            # The first error is the one to report; a temporary that stays is removed when the store is next opened.
+            with contextlib.suppress(OSError):
+                disk.remove(temporary)
+            raise
+        _sync(path.parent, disk)
+    return size
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that was read; `skipped` lists newer generations that are damaged, each with the reason."""
+
+    state: TrainingState
+    path: Path
+    skipped: tuple[tuple[Path, str], ...]
+
+
+class CheckpointStore:
+    """The generations `state/<number>.ckpt` of a run folder; the highest number is the newest.
+
+    A writer holds `lock(folder)` first: opening makes the folder and removes temporaries that a killed process left.
+    `writable=False` only reads and may be used beside a running training. `written_bytes` counts what this store
+    wrote, for the wear of flash memory.
+    """
+
+    def __init__(self, folder: Path, *, writable: bool = True, disk: Disk = DISK) -> None:
+        self.folder = folder / "state"
+        self.written_bytes = 0
+        self._disk = disk
+        self._damaged: set[Path] = set()
+        if writable:
+            make_folders(self.folder, disk)
+            self._remove_temporaries()
+
+    def commit(self, chunks: Iterable[bytes | memoryview]) -> Path:
+        """Write the next generation, then remove all but the two newest that are not known to be damaged.
+
+        Raises:
+            StorageError: the generations that were there before are whole.
+        """
+        newest = self._generations()[:1]
+        number = int(newest[0].stem) + 1 if newest else 1
+        path = self.folder / f"{number:08d}.ckpt"
+        self.written_bytes += atomic_write(path, chunks, self._disk)
+        self._prune()
+        return path
+
+    def load(self, fingerprint: str) -> Loaded | None:
+        """The newest generation that is whole, or None when none was ever committed.
+
+        Raises:
+            CheckpointError: every generation is damaged, or the newest whole one has another fingerprint or a newer
+                format, or cannot be read. Training never starts anew without being asked to.
+        """
+        skipped: list[tuple[Path, str]] = []
+        for path in self._generations():
+            try:
+                return Loaded(decode_state(self._read(path), fingerprint), path, tuple(skipped))
+            except DamagedCheckpointError as error:
+                skipped.append((path, str(error)))
+                self._damaged.add(path)
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from None
+        if not skipped:
+            return None
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
+        raise CheckpointError(
+            f"{self.folder}: no checkpoint is whole ({reasons}); restore one from a copy, "
+            "or start anew with --resume never and a new --out folder"
+        )
+
+    def _read(self, path: Path) -> bytes:
+        try:
+            return self._disk.read(path)
+        except OSError as error:
+            if error.errno == errno.EIO:  # a medium that cannot give the bytes back has damaged them
+                raise DamagedCheckpointError(f"the medium cannot read it: {_reason(error)}") from error
+            raise CheckpointError(f"cannot be read: {_reason(error)}; check permissions, then start again") from error
+
+    def _generations(self) -> list[Path]:
+        """Newest first."""
+        with _storage_errors(self.folder, self._disk, "listing the checkpoints"):
+            try:
+                names = self._disk.names(self.folder)
+            except FileNotFoundError:
+                return []
+        numbered = [(int(match[1]), name) for name in names if (match := _GENERATION.fullmatch(name))]
+        return [self.folder / name for _, name in sorted(numbered, reverse=True)]
+
+    def _prune(self) -> None:
+        generations = self._generations()
+        kept = [path for path in generations if path not in self._damaged][:KEPT_GENERATIONS]
+        with _storage_errors(self.folder, self._disk, "removing old checkpoints"):
+            for path in generations:
+                if path not in kept:
+                    self._disk.remove(path)
+
+    def _remove_temporaries(self) -> None:
+        with _storage_errors(self.folder, self._disk, "removing temporary files"):
+            for name in self._disk.names(self.folder):
+                if _TEMPORARY.fullmatch(name):
+                    self._disk.remove(self.folder / name)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the run folder for one writing process; made if missing. The system drops the lock when a process dies.
+
+    Raises:
+        UsageError: another process holds it.
+        StorageError: the file system cannot lock.
+    """
+    make_folders(folder)
+    path = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+        with _storage_errors(path, DISK, "locking the run"):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                raise UsageError(
+                    f"{folder}: another process (pid {holder}) is training into this run; "
+                    "wait for it, stop it, or choose another --out folder"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+
+
+@contextlib.contextmanager
+def staging(out: Path, disk: Disk = DISK) -> Iterator[Path]:
+    """A folder beside `out` to fill; it becomes `out` when the body ends, and is removed when the body fails.
+
+    A killed process leaves the folder `.<name>.<pid>.staging`, which may be deleted.
+
+    Raises:
+        UsageError: `out` exists already.
+        StorageError: the disk refused an operation, here or in the body.
+    """
+    _refuse_existing(out)
+    make_folders(out.parent, disk)
+    folder = out.with_name(f".{out.name}.{os.getpid()}.staging")
+    try:
+        with _storage_errors(out, disk, "preparing the folder"):
+            shutil.rmtree(folder, ignore_errors=True)
+            disk.make_folder(folder)
+        yield folder
+        _refuse_existing(out)
+        with _storage_errors(out, disk, f"{_tree_bytes(folder)} bytes needed"):
+            _sync_tree(folder, disk)
+            disk.rename(folder, out)
+            _sync(out.parent, disk)
+    except OSError as error:
+        if error.errno in _DISK_REFUSED:
+            raise _storage_error(out, disk, "writing the folder", error) from error
+        raise
+    finally:
+        # Nothing is there after success; after a failure that failure is the one to report.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folders(folder: Path, disk: Disk = DISK) -> None:
+    """Make `folder` and its missing parents so that they survive a power cut.
+
+    Raises:
+        StorageError: the system refused, or a file is in the way.
+    """
+    missing = []
+    while not disk.is_folder(folder):
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        with _storage_errors(path, disk, "making the folder"):
+            try:
+                disk.make_folder(path)
+            except FileExistsError:
+                if not disk.is_folder(path):  # otherwise another process was faster
+                    raise
+            _sync(path.parent, disk)
+
+
+def _write_file(path: Path, views: list[memoryview], disk: Disk) -> None:
+    descriptor = disk.create(path)
+    try:
+        for view in views:
+            while view.nbytes:
+                taken = disk.write(descriptor, view)
+                if taken <= 0:
+                    raise OSError(errno.EIO, "the system took no bytes")
+                view = view[taken:]
+        disk.sync(descriptor)
+    finally:
+        disk.close(descriptor)
+
+
+def _sync(path: Path, disk: Disk) -> None:
+    descriptor = disk.open(path)
+    try:
+        disk.sync(descriptor)
+    finally:
+        disk.close(descriptor)
+
+
+def _sync_tree(folder: Path, disk: Disk) -> None:
+    for path in folder.rglob("*"):
+        _sync(path, disk)
+    _sync(folder, disk)
+
+
+def _tree_bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
+
+
+def _refuse_existing(out: Path) -> None:
+    if os.path.lexists(out):
+        raise UsageError(f"{out} exists already; choose another name or remove it first")
+
+
+@contextlib.contextmanager
+def _storage_errors(path: Path, disk: Disk, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _storage_error(path, disk, what, error) from error
+
+
+def _storage_error(path: Path, disk: Disk, what: str, error: OSError) -> StorageError:
+    try:
+        free = format_size(disk.free_bytes(path.parent))
+    except OSError:
+        free = "an unknown amount"
+    return StorageError(
+        f"{path}: {_reason(error)} ({what}, {free} free); what was there before is whole: "
+        "make room or choose another folder, then start again"
+    )
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__

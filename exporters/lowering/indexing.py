@@ -1,0 +1,149 @@
+"""Embeddings, gathers, the losses that pick by label, and dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from edgelocal.exporters.lowering.registry import UnsupportedOperatorError, lowers
+from edgelocal.exporters.onnx_graph import GraphBuilder, fixed, Scalar, Value
+
+aten = torch.ops.aten
+
+
+@lowers(aten.embedding.default)
+def embedding(b: GraphBuilder, node: fx.Node, weight: Value, indices: Value, *args: Any, **kwargs: Any) -> str:
+    return b.op("Gather", weight.name, indices.name, axis=0)
+
+
+@lowers(aten.embedding_dense_backward.default)
+def embedding_backward(
+    b: GraphBuilder, node: fx.Node, grad: Value, indices: Value, count: int, padding: int, scale_by_freq: bool
+) -> str:
+    """Rows of the gradient added up by index; the padding row gets none."""
+    if scale_by_freq:
+        raise UnsupportedOperatorError(str(node.target), "scale_grad_by_freq")
+    width = fixed(grad.shape[-1])
+    rows = b.op("Reshape", grad.name, b.ints([-1, width]))
+    places = b.op("Reshape", indices.name, b.ints([-1, 1]))
+    zeros = b.op("Expand", b.scalar(0.0, grad.dtype), b.ints([count, width]))
+    if padding >= 0:
+        real = b.op("Not", b.op("Equal", places, b.scalar(padding, torch.int64)))
+        rows = b.op("Mul", rows, b.cast(real, torch.bool, grad.dtype))
+    return b.op("ScatterND", zeros, places, rows, reduction="add")
+
+
+@lowers(aten.gather.default)
+def gather(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value, **kwargs: Any) -> str:
+    return b.op("GatherElements", x.name, index.name, axis=dim % x.rank)
+
+
+@lowers(aten.scatter_add.default)
+def scatter_add(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value, source: Value) -> str:
+    return b.op("ScatterElements", x.name, index.name, source.name, axis=dim % x.rank, reduction="add")
+
+
+@lowers(aten.index_select.default)
+def index_select(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value) -> str:
+    return b.op("Gather", x.name, index.name, axis=dim % x.rank)
+
+
+@lowers(aten.index.Tensor)
+def index(b: GraphBuilder, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> str:
+    """x[..., i, ...] with one index tensor, or x[i, j, ...] with several on the leading axes."""
+    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+    if any(i.dtype == torch.bool for _, i in given):
+        raise UnsupportedOperatorError(str(node.target), "a mask as an index gives a size that depends on the data")
+    if len(given) == 1:
+        axis, only = given[0]
+        return b.op("Gather", x.name, only.name, axis=axis)
+    if [axis for axis, _ in given] != list(range(len(given))):
+        raise UnsupportedOperatorError(str(node.target), "several indices that are not on the leading axes")
+    return b.op("GatherND", x.name, _stacked(b, node, [i for _, i in given]))
+
+
+@lowers(aten.index_put.default)
+def index_put(
+    b: GraphBuilder, node: fx.Node, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool = False
+) -> str:
+    """Write or add `values` at the given places of the leading axes."""
+    given = [i for i in indices if i is not None]
+    if len(given) != len(indices) or any(i.dtype == torch.bool for i in given):
+        raise UnsupportedOperatorError(str(node.target), "indices that are masks or not on the leading axes")
+    return b.op("ScatterND", x.name, _stacked(b, node, given), values.name, reduction="add" if accumulate else None)
+
+
+def _stacked(b: GraphBuilder, node: fx.Node, indices: Sequence[Value]) -> str:
+    shape = torch.broadcast_shapes(*(i.shape for i in indices))  # type: ignore[arg-type]  # sizes may be symbolic
+    wide = [i.name if tuple(i.shape) == tuple(shape) else b.op("Expand", i.name, b.shape(shape)) for i in indices]
+    return b.op("Concat", *(b.op("Unsqueeze", w, b.ints([-1])) for w in wide), axis=-1)
+
+
+@lowers(aten.nll_loss_forward.default)
+def nll_loss(
+    b: GraphBuilder, node: fx.Node, logp: Value, target: Value, weight: Value | None, reduction: int, ignore: int
+) -> tuple[str, str]:
+    """Mean (1) or sum (2) of -logp[target]; targets equal to `ignore` do not count."""
+    if weight is not None or reduction not in (1, 2) or logp.rank != 2:
+        raise UnsupportedOperatorError(str(node.target), "class weights, no reduction, or targets of rank above 1")
+    picked, valid = _picked(b, logp, target, ignore)
+    chosen = b.op("Mul", b.reduce("ReduceSum", b.op("Mul", logp.name, picked), [1]), valid)
+    total = b.op("Neg", b.reduce("ReduceSum", chosen, [0]))
+    count = b.reduce("ReduceSum", valid, [0])
+    return (b.op("Div", total, count) if reduction == 1 else total), count
+
+
+@lowers(aten.nll_loss_backward.default)
+def nll_loss_backward(
+    b: GraphBuilder,
+    node: fx.Node,
+    grad: Value,
+    logp: Value,
+    target: Value,
+    weight: Value | None,
+    reduction: int,
+    ignore: int,
+    total_weight: Value,
+) -> str:
+    picked, valid = _picked(b, logp, target, ignore)
+    share = b.op("Div", grad.name, total_weight.name) if reduction == 1 else grad.name
+    rows = b.op("Mul", b.op("Neg", share), valid)
+    return b.op("Mul", picked, b.op("Unsqueeze", rows, b.ints([1])))
+
+
+def _picked(b: GraphBuilder, logp: Value, target: Value, ignore: int) -> tuple[str, str]:
+    """One-hot rows (N, C) of the targets, and which samples count (N,), both as floats."""
+    classes = b.op("Range", *(b.scalar(v, torch.int64) for v in (0, fixed(logp.shape[1]), 1)))
+    column = b.op("Unsqueeze", target.name, b.ints([1]))
+    one_hot = b.cast(b.op("Equal", column, classes), torch.bool, logp.dtype)
+    valid = b.op("Not", b.op("Equal", target.name, b.scalar(ignore, torch.int64)))
+    return one_hot, b.cast(valid, torch.bool, logp.dtype)
+
+
+@lowers(aten.native_dropout_backward.default)
+def dropout_backward(b: GraphBuilder, node: fx.Node, grad: Value, mask: Value, scale: Scalar) -> str:
+    kept = b.op("Mul", grad.name, b.cast(mask.name, mask.dtype, grad.dtype))
+    return b.op("Mul", kept, b.scalar(scale, grad.dtype))
+
+
+@lowers(aten.native_dropout.default)
+def dropout(b: GraphBuilder, node: fx.Node, x: Value, p: float, train: bool | None) -> tuple[str, str]:
+    """The mask is an input that the runner draws, so that a resumed run repeats it bit for bit."""
+    mask = b.mask(x.shape, keep=1.0 - p)
+    kept = b.op("Mul", x.name, b.cast(mask, torch.bool, x.dtype))
+    return b.op("Mul", kept, b.scalar(0.0 if p == 1 else 1 / (1 - p), x.dtype)), mask
+
+
+@lowers(aten.bernoulli.p)
+def bernoulli(b: GraphBuilder, node: fx.Node, x: Value, p: float = 0.5, *, generator: Any = None) -> str:
+    return b.cast(b.mask(x.shape, keep=float(p)), torch.bool, x.dtype)
+
+
+@lowers(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
+def empty(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
+    # What is in an empty tensor is never read; the random fill that follows only takes its shape.
+    fake = node.meta["val"]
+    return b.op("Expand", b.scalar(0, fake.dtype), b.shape(tuple(fake.shape)))

@@ -1,0 +1,198 @@
+"""Operators that move or repeat elements, and constants with a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from edgelocal.exporters.lowering.pointwise import operand, result_dtype
+from edgelocal.exporters.lowering.registry import UnsupportedOperatorError, lowers
+from edgelocal.exporters.onnx_graph import Dim, GraphBuilder, Scalar, Value, expression, fixed
+
+aten = torch.ops.aten
+END = np.iinfo(np.int64).max
+
+
+def _shape(node: fx.Node) -> tuple[Dim, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+@lowers(
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+)
+def reshape(b: GraphBuilder, node: fx.Node, x: Value, *args: Any) -> str:
+    return b.reshape(x.name, _shape(node))
+
+
+@lowers(aten.permute.default)
+def permute(b: GraphBuilder, node: fx.Node, x: Value, order: Sequence[int]) -> str:
+    return b.op("Transpose", x.name, perm=[d % x.rank for d in order])
+
+
+@lowers(aten.transpose.int)
+def transpose(b: GraphBuilder, node: fx.Node, x: Value, first: int, second: int) -> str:
+    order = list(range(x.rank))
+    order[first], order[second] = order[second], order[first]
+    return b.op("Transpose", x.name, perm=order)
+
+
+@lowers(aten.t.default)
+def t(b: GraphBuilder, node: fx.Node, x: Value) -> str:
+    return x.name if x.rank < 2 else b.op("Transpose", x.name, perm=[1, 0])
+
+
+@lowers(aten.expand.default)
+def expand(b: GraphBuilder, node: fx.Node, x: Value, sizes: Sequence[Dim], *, implicit: bool = False) -> str:
+    target = _shape(node)
+    if len(target) == x.rank and all(expression(a) == expression(c) for a, c in zip(target, x.shape, strict=True)):
+        return x.name
+    return b.op("Expand", x.name, b.shape(target))
+
+
+@lowers(aten.repeat.default)
+def repeat(b: GraphBuilder, node: fx.Node, x: Value, times: Sequence[Dim]) -> str:
+    shape = (1,) * (len(times) - x.rank) + x.shape
+    return b.op("Tile", b.reshape(x.name, shape), b.shape(times))
+
+
+@lowers(aten.cat.default)
+def cat(b: GraphBuilder, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> str:
+    # PyTorch skips 1-D empty tensors in cat, whatever the shape of the others.
+    kept = [x for x in tensors if not (x.rank == 1 and x.shape[0] == 0)]
+    return b.op("Concat", *(operand(b, x, result_dtype(node)) for x in kept), axis=dim % kept[0].rank)
+
+
+@lowers(aten.stack.default)
+def stack(b: GraphBuilder, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> str:
+    axis = dim % (tensors[0].rank + 1)
+    return b.op("Concat", *(b.op("Unsqueeze", x.name, b.ints([axis])) for x in tensors), axis=axis)
+
+
+@lowers(aten.slice.Tensor)
+def slice_(b: GraphBuilder, node: fx.Node, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str:
+    axis = dim % x.rank
+    if start in (None, 0) and step == 1 and expression(_shape(node)[axis]) == expression(x.shape[axis]):
+        return x.name
+    bounds = [b.shape([start or 0]), b.shape([END if end is None else end])]
+    return b.op("Slice", x.name, *bounds, b.ints([axis]), b.ints([step]))
+
+
+@lowers(aten.slice_backward.default)
+def slice_backward(b: GraphBuilder, node: fx.Node, grad: Value, sizes: Any, dim: int, start: int, end: int, step: int) -> str:
+    return slice_scatter(b, node, None, grad, dim, start, end, step)
+
+
+@lowers(aten.slice_scatter.default)
+def slice_scatter(
+    b: GraphBuilder, node: fx.Node, x: Value | None, source: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> str:
+    """Write `source` into a slice; into zeros (the gradient of a slice) this is a Pad."""
+    shape = _shape(node)
+    axis = dim % len(shape)
+    if expression(shape[axis]) == expression(source.shape[axis]):
+        return source.name
+    if step != 1:
+        raise UnsupportedOperatorError(str(node.target), f"a slice with step {step}")
+    size, width = fixed(shape[axis]), fixed(source.shape[axis])
+    first = 0 if start is None else fixed(start) + (size if fixed(start) < 0 else 0)
+    if x is None:
+        return _pad_axis(b, source.name, len(shape), axis, first, size - first - width)
+    parts = [source.name]
+    if first:
+        parts.insert(0, b.slice(x.name, [0], [first], [axis]))
+    if size - first - width:
+        parts.append(b.slice(x.name, [first + width], [size], [axis]))
+    return b.op("Concat", *parts, axis=axis)
+
+
+def _pad_axis(b: GraphBuilder, value: str, rank: int, axis: int, before: int, after: int) -> str:
+    return b.pad(value, [before * (a == axis) for a in range(rank)], [after * (a == axis) for a in range(rank)])
+
+
+@lowers(aten.select.int)
+def select(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: int) -> str:
+    return b.op("Gather", x.name, b.constant(np.asarray(fixed(index), dtype=np.int64)), axis=dim % x.rank)
+
+
+@lowers(aten.select_backward.default)
+def select_backward(b: GraphBuilder, node: fx.Node, grad: Value, sizes: Any, dim: int, index: int) -> str:
+    shape = _shape(node)
+    axis = dim % len(shape)
+    size = fixed(shape[axis])
+    position = fixed(index) % size
+    return _pad_axis(b, b.op("Unsqueeze", grad.name, b.ints([axis])), len(shape), axis, position, size - position - 1)
+
+
+@lowers(aten.split_with_sizes.default, aten.split.Tensor)
+def split(b: GraphBuilder, node: fx.Node, x: Value, sizes: Any, dim: int = 0) -> tuple[str, ...]:
+    axis = dim % x.rank
+    widths = [fixed(part.shape[axis]) for part in node.meta["val"]]
+    return b.multi("Split", [x.name, b.ints(widths)], len(widths), axis=axis)
+
+
+@lowers(aten.unbind.int)
+def unbind(b: GraphBuilder, node: fx.Node, x: Value, dim: int = 0) -> tuple[str, ...]:
+    axis = dim % x.rank
+    return tuple(
+        b.op("Gather", x.name, b.constant(np.asarray(i, dtype=np.int64)), axis=axis) for i in range(fixed(x.shape[axis]))
+    )
+
+
+@lowers(aten.flip.default)
+def flip(b: GraphBuilder, node: fx.Node, x: Value, dims: Sequence[int]) -> str:
+    axes = [d % x.rank for d in dims]
+    return b.slice(x.name, [-1] * len(axes), [-END] * len(axes), axes, [-1] * len(axes))
+
+
+@lowers(aten.constant_pad_nd.default)
+def constant_pad(b: GraphBuilder, node: fx.Node, x: Value, amounts: Sequence[int], value: Scalar = 0) -> str:
+    before, after = [0] * x.rank, [0] * x.rank
+    for i in range(len(amounts) // 2):  # PyTorch lists the last axis first
+        before[x.rank - 1 - i], after[x.rank - 1 - i] = int(amounts[2 * i]), int(amounts[2 * i + 1])
+    return b.pad(x.name, before, after, float(value))
+
+
+@lowers(aten.full.default, aten.full_like.default, aten.new_full.default)
+def full(b: GraphBuilder, node: fx.Node, like: Any, *args: Any, **kwargs: Any) -> str:
+    return _filled(b, node, args[-1])
+
+
+@lowers(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+def zeros(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
+    return _filled(b, node, 0)
+
+
+@lowers(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+def ones(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
+    return _filled(b, node, 1)
+
+
+@lowers(aten.scalar_tensor.default)
+def scalar_tensor(b: GraphBuilder, node: fx.Node, value: Scalar, **kwargs: Any) -> str:
+    return b.scalar(value, result_dtype(node))
+
+
+def _filled(b: GraphBuilder, node: fx.Node, value: Scalar) -> str:
+    scalar = b.scalar(value, result_dtype(node))
+    return scalar if not _shape(node) else b.op("Expand", scalar, b.shape(_shape(node)))
+
+
+@lowers(aten.arange.default, aten.arange.start, aten.arange.start_step, torch.ops.prims.iota.default)
+def arange(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
+    dtype = result_dtype(node)
+    if node.target is torch.ops.prims.iota.default:
+        start, step = kwargs["start"], kwargs["step"]
+        end = start + args[0] * step
+    else:
+        start, end, step = (0, args[0], 1) if len(args) == 1 else (*args, 1)[:3]
+    return b.op("Range", b.scalar(start, dtype), b.scalar(end, dtype), b.scalar(step, dtype))

@@ -1,0 +1,77 @@
+"""What every rule builds on: the block as a module, and what a rule has to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from edgelocal.exporters.units import Network
+from edgelocal.spec import RuleSpec
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an auxiliary network goes: behind unit `unit`, the last one of block number `block` of `blocks`."""
+
+    unit: int
+    block: int
+    blocks: int
+
+
+Auxiliary = Callable[[Network, Place, RuleSpec], nn.Module]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule for training blocks apart.
+
+    `auxiliary` builds the network behind a block: (N, channels, ...) -> (N, classes); None means that the rule knows
+    one block only. With `merges_tail` and tail "merge" the last depth + 1 units stay together in the last block.
+    """
+
+    name: str
+    auxiliary: Auxiliary | None
+    merges_tail: bool = False
+
+
+class LocalBlock(nn.Module):
+    """Consecutive units of a network with what trains them: an auxiliary network, or for the last the network's head.
+
+    `body` holds the very modules of the network, so weights are shared with `network.module`.
+    """
+
+    def __init__(self, name: str, network: Network, span: range, auxiliary: nn.Module | None) -> None:
+        super().__init__()
+        units = network.units[span.start : span.stop]
+        self.name = name
+        self.unit_names = tuple(unit.name for unit in units)
+        self.body = nn.Sequential(*(unit.module for unit in units))
+        self.head = network.head if span.stop == len(network.units) else None
+        self.auxiliary = auxiliary
+        self._names = self._contract_names(network.module)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Block input -> (block output, logits (N, classes)); in the last block both are the logits.
+
+        Nothing is detached here: the caller detaches the output before it feeds the next block.
+        """
+        h: Tensor = self.body(x)
+        if self.head is not None:
+            h = self.head(h)
+        return h, h if self.auxiliary is None else self.auxiliary(h)
+
+    def tensor_names(self) -> dict[str, str]:
+        """Own state_dict key -> name in the original module, or aux/<block>/<name inside the auxiliary>."""
+        return dict(self._names)
+
+    def _contract_names(self, original: nn.Module) -> dict[str, str]:
+        # Reversed, so that of several names for one tensor the first is kept, as in named_parameters().
+        names = {id(t): name for name, t in reversed(original.state_dict(keep_vars=True).items())}
+        return {
+            key: f"aux/{self.name}/{key.removeprefix('auxiliary.')}"
+            if key.startswith("auxiliary.")
+            else names[id(tensor)]
+            for key, tensor in self.state_dict(keep_vars=True).items()
+        }

@@ -1,0 +1,121 @@
+"""nn.Module -> functional ATen graph with a symbolic batch.
+
+PyTorch's ahead-of-time autograd traces the module and, for training, its backward pass into one graph without
+side effects: running statistics become outputs, dropout becomes an operator, gradients are those of eager PyTorch
+because they come from the same autograd formulas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from edgelocal.errors import ExportError
+from edgelocal.exporters.lowering import decompositions
+from edgelocal.exporters.onnx_graph import expression
+
+EXAMPLE_BATCH = 6  # any batch above 1; the graph does not depend on it
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A functional graph. `inputs` are placeholder nodes, `outputs` graph values, by name; `gradients` by parameter.
+
+    `parameters` and `buffers` map the module's tensor names to placeholder names; `new_buffers` to output nodes.
+    """
+
+    graph: fx.Graph
+    user_inputs: tuple[str, ...]
+    parameters: dict[str, str]
+    buffers: dict[str, str]
+    user_outputs: tuple[fx.Node, ...]
+    new_buffers: dict[str, fx.Node]
+    gradients: dict[str, fx.Node]
+
+
+class Batch:
+    """Fake tensors that share one symbolic batch size."""
+
+    def __init__(self) -> None:
+        self.environment = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.environment, allow_non_fake_inputs=True)
+        context: StatelessSymbolicContext[..., ...] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        self.size = self.mode.from_tensor(torch.empty(EXAMPLE_BATCH), symbolic_context=context).shape[0]
+        self.symbol = expression(self.size)  # kept: once specialised, the size itself no longer shows it
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A fake tensor of shape (batch, *shape)."""
+        with self.mode:
+            return torch.zeros((self.size, *shape), dtype=dtype)
+
+    def check(self, what: str) -> None:
+        """Refuse a graph that holds for one batch size only."""
+        found = self.environment.replace(self.symbol)
+        if found != self.symbol:
+            raise ExportError(
+                f"{what} fixes the batch size to {found}: its code branches on x.shape[0] or writes a constant batch; "
+                "let the batch dimension be free"
+            )
+
+
+def trace(module: nn.Module, inputs: Sequence[torch.Tensor], batch: Batch, *, joint: bool) -> Traced:
+    """Trace `module(*inputs)`; with `joint` its first output is a loss and the gradients are traced too.
+
+    The module's mode (train or eval) is kept. Tensors of `inputs` come from `batch`.
+
+    Raises:
+        ExportError: PyTorch cannot trace the module (it branches on data, say).
+    """
+    module = copy.deepcopy(module)
+    parameters = [name for name, p in module.named_parameters() if p.requires_grad]
+    try:
+        with _tracing(), batch.mode:
+            exported, signature = aot_export_module(
+                module,
+                tuple(inputs),
+                trace_joint=joint,
+                output_loss_index=0 if joint else None,
+                decompositions=decompositions(),
+            )
+    except Exception as error:
+        raise ExportError(f"PyTorch cannot trace {type(module).__name__}: {_first_lines(error)}") from error
+    batch.check(type(module).__name__)
+    outputs = list(next(n for n in exported.graph.nodes if n.op == "output").args[0])
+    buffers = list(signature.buffers_to_mutate.values())
+    split = len(outputs) - (len(parameters) if joint else 0)
+    return Traced(
+        graph=exported.graph,
+        user_inputs=tuple(signature.user_inputs),
+        parameters={fqn: placeholder for placeholder, fqn in signature.inputs_to_parameters.items()},
+        buffers={fqn: placeholder for placeholder, fqn in signature.inputs_to_buffers.items()},
+        user_outputs=tuple(outputs[len(buffers) : split]),
+        new_buffers=dict(zip(buffers, outputs, strict=False)),
+        gradients={n: g for n, g in zip(parameters, outputs[split:], strict=True) if g is not None} if joint else {},
+    )
+
+
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    """Attention as plain matrix products (the fused kernels have no portable form); PyTorch's own warnings off."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:600]

@@ -1,0 +1,221 @@
+"""A network as a sequence of units: the value every later stage of the export works on.
+
+`load_network` makes it from a reference, `check_composition` shows that nothing was lost on the way. A unit holds the
+very module objects of the plain network, so parameter names and weights stay those of the original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from edgelocal.errors import ExportError
+
+Fresh = Callable[[int, int, int], nn.Module]
+AuxHead = Callable[[int, int, int], nn.Module]
+
+COMPOSITION_TOLERANCE = 1e-6
+_PROBE_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest piece a network may be cut into.
+
+    `width` is the base width the selection of auxiliary layers reasons with; the output has `width * expansion`
+    channels (bottleneck residual blocks widen fourfold). `fresh(in_channels, width, stride)` builds a new, untrained
+    unit of the same type whose output again has `width * expansion` channels.
+    """
+
+    name: str
+    module: nn.Module
+    width: int
+    fresh: Fresh
+    expansion: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Channels (or features) of the unit's output."""
+        return self.width * self.expansion
+
+
+@dataclass(frozen=True)
+class Network:
+    """A plain module and the same module as units and a head.
+
+    `head` maps the last unit's output to logits (N, classes). `aux_head(channels, classes, depth)` builds the end of an
+    auxiliary network of `depth` layers. `input_shape` is one sample without the batch. `downsampling` says when a
+    fresh unit inside an auxiliary halves the resolution: "ratio", once for every doubling of the width; "change",
+    whenever the width changes.
+    """
+
+    name: str
+    module: nn.Module
+    units: tuple[Unit, ...]
+    head: nn.Module
+    aux_head: AuxHead
+    input_shape: tuple[int, ...]
+    classes: int
+    downsampling: Literal["ratio", "change"] = "ratio"
+
+
+class GlobalMean(nn.Module):
+    """Mean over everything but batch and channels: (N, C, H, W) and (N, T, C) -> (N, C); (N, C) stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class; any other rank is an `ExportError`."""
+        if x.dim() == 4:
+            return x.mean((2, 3))
+        if x.dim() == 3:
+            return x.mean(1)
+        if x.dim() == 2:
+            return x
+        raise ExportError(f"a unit's output has {x.dim()} dimensions, expected (N, C, H, W), (N, T, C) or (N, C)")
+
+
+def pooled_linear(channels: int, classes: int, depth: int = 0) -> nn.Module:
+    """The plainest classifier behind any unit: `GlobalMean`, then Linear. `depth` is not used."""
+    return nn.Sequential(GlobalMean(), nn.Linear(channels, classes))
+
+
+def load_network(reference: str, input_shape: Sequence[int], classes: int, seed: int) -> Network:
+    """Zoo name, `package.module:callable` or `file.py:callable` -> checked Network, initialised from `seed`.
+
+    A module from elsewhere names its units by being an `nn.Sequential` or by a method `edgelocal_units()`
+    (see `edgelocal.exporters.zoo.custom`).
+
+    Raises:
+        ExportError: the reference, the module it leads to, or its shapes cannot be used.
+    """
+    from edgelocal.exporters.zoo import build, custom
+
+    shape = tuple(input_shape)
+    if not shape or min(shape) < 1 or classes < 1:
+        raise ExportError(f"found input shape {shape} and {classes} classes, expected positive numbers")
+    with seeded(seed, "network"):
+        own = ":" in reference or reference.endswith(".py")
+        network = custom.build(reference, shape, classes) if own else build(reference, shape, classes)
+    _check_output(network)
+    _check_ownership(network)
+    return network
+
+
+def check_composition(network: Network) -> None:
+    """Run units and head one after the other against the plain module, in inference mode on random input.
+
+    Raises:
+        ExportError: the largest difference exceeds 1e-6 of the largest output, or an output is not finite.
+    """
+    x = torch.randn(_PROBE_BATCH, *network.input_shape, generator=torch.Generator().manual_seed(0))
+    with evaluating(network.module, *pieces(network)), torch.no_grad():
+        whole = network.module(x)
+        parts = x
+        for piece in pieces(network):
+            parts = piece(parts)
+    if whole.shape != parts.shape:
+        raise ExportError(
+            f"{network.name}: the units in sequence give {tuple(parts.shape)}, the module gives {tuple(whole.shape)}; "
+            "name every step of forward() in the units"
+        )
+    error = float((whole - parts).abs().max() / whole.abs().max().clamp_min(torch.finfo(whole.dtype).tiny))
+    if not error <= COMPOSITION_TOLERANCE:
+        raise ExportError(
+            f"{network.name}: the units in sequence differ from the module by {error:.3g} of the largest output, "
+            f"expected at most {COMPOSITION_TOLERANCE:g}; the units must do all that forward() does, in the same order"
+        )
+
+
+def pieces(network: Network) -> tuple[nn.Module, ...]:
+    """The modules that in sequence make the network: every unit, then the head."""
+    return (*(unit.module for unit in network.units), network.head)
+
+
+def output_shapes(modules: Sequence[nn.Module], input_shape: tuple[int, ...], name: str) -> list[tuple[int, ...]]:
+    """Output shape of each of `modules` run in sequence, without the batch; nothing is computed.
+
+    Raises:
+        ExportError: a module does not run on its input, or returns something else than one batch of tensors.
+    """
+    shapes: list[tuple[int, ...]] = []
+    with evaluating(*modules), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(_PROBE_BATCH, *input_shape)
+        for index, module in enumerate(modules):
+            where = f"{name}: piece {index} ({type(module).__name__}) on input {tuple(x.shape)}"
+            x = _probe(module, x, where)
+            shapes.append(tuple(x.shape[1:]))
+    return shapes
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Inference mode for `modules`; on leaving, every submodule has its own mode back."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+@contextlib.contextmanager
+def seeded(seed: int, label: str) -> Iterator[None]:
+    """PyTorch's CPU generator seeded by sha256 of `seed` and `label`; the outer state returns afterwards.
+
+    Distinct labels give unrelated streams, so an auxiliary never starts as a copy of the network's weights.
+    """
+    digest = hashlib.sha256(f"{seed}/{label}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest[-4:], "big"))
+        yield
+
+
+def _probe(module: nn.Module, x: Tensor, where: str) -> Tensor:
+    try:
+        y = module(x)
+    except Exception as error:
+        raise ExportError(f"{where} failed with {type(error).__name__}: {error}") from error
+    if not isinstance(y, Tensor) or y.dim() < 2 or y.shape[0] != _PROBE_BATCH:
+        found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ExportError(f"{where} returned {found}, expected one tensor ({_PROBE_BATCH}, ...)")
+    return y
+
+
+def _check_output(network: Network) -> None:
+    (shape,) = output_shapes([network.module], network.input_shape, network.name)
+    if shape != (network.classes,):
+        raise ExportError(
+            f"{network.name}: input (N, {_join(network.input_shape)}) gives output (N, {_join(shape)}), expected "
+            f"(N, {network.classes}); set --classes or --input, or end the module in {network.classes} outputs"
+        )
+
+
+def _check_ownership(network: Network) -> None:
+    """Every parameter of the module belongs to exactly one piece, and no piece has others."""
+    names = {id(p): name for name, p in network.module.named_parameters()}
+    owner: dict[int, str] = {}
+    for label, piece in zip([*(u.name for u in network.units), "head"], pieces(network), strict=True):
+        for inner, parameter in piece.named_parameters():
+            if id(parameter) not in names:
+                raise ExportError(f"{network.name}: {inner} of {label} is no parameter of the module itself")
+            first = owner.setdefault(id(parameter), label)
+            if first != label:
+                raise ExportError(
+                    f"{network.name}: parameter {names[id(parameter)]} is shared by {first} and {label}; blocks train "
+                    "apart, so give each its own copy, or join both into one unit"
+                )
+    missing = [name for key, name in names.items() if key not in owner]
+    if missing:
+        raise ExportError(f"{network.name}: parameters {missing[:5]} are in no unit; name every module in the units")
+
+
+def _join(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))

@@ -1,0 +1,192 @@
+"""Networks from outside the zoo: reference -> module -> units.
+
+A module tells its units in one of three ways.
+- It is an `nn.Sequential`: every child with parameters opens a unit; parameter-free and purely normalising children
+  join the unit before them (leading ones the first unit). The last child that opens one is, with all that follows,
+  the head.
+- It has a method `edgelocal_units()` that returns a list of (name, module), the head last.
+- Otherwise it is one unit, and only one block (rule bp) is possible.
+
+A fresh unit for auxiliary networks is conv3x3-BN-ReLU behind maps (N, C, H, W), Linear-ReLU behind features (N, F), and
+behind tokens (N, T, D) a re-initialised copy of the unit itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from edgelocal.errors import ExportError
+from edgelocal.exporters.units import Fresh, GlobalMean, Network, Unit, output_shapes, pooled_linear
+from edgelocal.exporters.zoo.layers import conv_bn_relu, initialise
+
+Pieces = list[tuple[str, nn.Module]]
+
+_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+
+
+def build(reference: str, input_shape: tuple[int, ...], classes: int) -> Network:
+    """`package.module:callable` or `file.py:callable` -> Network.
+
+    The callable is given what its signature accepts of `classes=` and `input_shape=`.
+
+    Raises:
+        ExportError: the reference leads nowhere, the callable fails, or its result is no usable module.
+    """
+    module = _call(_find(reference), reference, {"classes": classes, "input_shape": input_shape})
+    return from_module(module, reference, input_shape, classes)
+
+
+def from_module(module: nn.Module, name: str, input_shape: tuple[int, ...], classes: int) -> Network:
+    """The module as units, as described above.
+
+    Raises:
+        ExportError: `edgelocal_units` returns something else, or a piece does not run on the one before it.
+    """
+    parts = _declared(module, name) or _children(module) or [("all", module), ("head", nn.Identity())]
+    shapes = output_shapes([part for _, part in parts], input_shape, name)
+    inputs = [input_shape, *shapes]
+    units = tuple(
+        Unit(label, part, _width(name, label, shape), _fresh_for(part, before, shape))
+        for (label, part), before, shape in zip(parts[:-1], inputs, shapes, strict=False)
+    )
+    return Network(name, module, units, parts[-1][1], pooled_linear, input_shape, classes)
+
+
+def _find(reference: str) -> Callable[..., Any]:
+    place, colon, attribute = reference.rpartition(":")
+    if not colon or not place or not attribute:
+        raise ExportError(f"{reference!r} names no callable; write package.module:callable or file.py:callable")
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:
+        raise ExportError(f"cannot import {place}: {type(error).__name__}: {error}") from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        what = "nothing" if found is None else f"a {type(found).__name__}"
+        raise ExportError(f"{place} has {what} under the name {attribute!r}, expected a callable that returns a module")
+    return found  # type: ignore[no-any-return]  # any callable will do
+
+
+def _load_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _call(function: Callable[..., Any], reference: str, offered: dict[str, Any]) -> nn.Module:
+    try:
+        result = function(**_accepted(function, offered))
+    except Exception as error:
+        raise ExportError(f"{reference} failed with {type(error).__name__}: {error}") from error
+    if not isinstance(result, nn.Module):
+        raise ExportError(f"{reference} returned a {type(result).__name__}, expected a torch.nn.Module")
+    return result
+
+
+def _accepted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return offered
+    return {name: value for name, value in offered.items() if name in parameters}
+
+
+def _declared(module: nn.Module, name: str) -> Pieces | None:
+    method = getattr(module, "edgelocal_units", None)
+    if method is None:
+        return None
+    try:
+        parts = [(str(label), part) for label, part in method()]
+    except Exception as error:
+        raise ExportError(f"{name}: edgelocal_units failed with {type(error).__name__}: {error}") from error
+    labels = {label for label, _ in parts}
+    if len(parts) < 2 or len(labels) < len(parts) or not all(isinstance(part, nn.Module) for _, part in parts):
+        raise ExportError(
+            f"{name}: edgelocal_units returned {len(parts)} entries with {len(labels)} names, expected (name, module) "
+            "for one unit or more and then the head, each name once"
+        )
+    return parts
+
+
+def _children(module: nn.Module) -> Pieces | None:
+    if not isinstance(module, nn.Sequential):
+        return None
+    groups: list[tuple[str, list[nn.Module]]] = []
+    leading: list[nn.Module] = []
+    for label, child in module.named_children():
+        if _opens_unit(child):
+            groups.append((label, [*leading, child]))
+            leading = []
+        elif groups:
+            groups[-1][1].append(child)
+        else:
+            leading.append(child)
+    if len(groups) < 2:
+        return None
+    return [(label, group[0] if len(group) == 1 else nn.Sequential(*group)) for label, group in groups]
+
+
+def _opens_unit(child: nn.Module) -> bool:
+    return next(child.parameters(), None) is not None and not isinstance(child, _NORMS)
+
+
+def _width(name: str, label: str, shape: tuple[int, ...]) -> int:
+    if len(shape) > 3:
+        raise ExportError(f"{name}: unit {label} puts out (N, {shape}), expected (N, C, H, W), (N, T, D) or (N, F)")
+    return shape[-1] if len(shape) == 2 else shape[0]
+
+
+def _fresh_for(module: nn.Module, before: tuple[int, ...], shape: tuple[int, ...]) -> Fresh:
+    if len(shape) == 3:
+        return _fresh_conv
+    if len(shape) == 1:
+        return _fresh_linear
+    return partial(_fresh_copy, module, before == shape)
+
+
+def _fresh_conv(inputs: int, width: int, stride: int) -> nn.Module:
+    return initialise(conv_bn_relu(inputs, width, stride=stride))
+
+
+def _fresh_linear(inputs: int, width: int, stride: int) -> nn.Module:
+    return nn.Sequential(GlobalMean(), nn.Linear(inputs, width), nn.ReLU())
+
+
+def _fresh_copy(module: nn.Module, keeps_shape: bool, inputs: int, width: int, stride: int) -> nn.Module:
+    if not keeps_shape or inputs != width:
+        raise ExportError(
+            f"a {type(module).__name__} that changes the shape of its tokens cannot be copied into an auxiliary "
+            f"network ({inputs} -> {width}); keep token units of one width, or use rule linear"
+        )
+    fresh = copy.deepcopy(module)
+    for part in fresh.modules():
+        reset = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
+        if reset is not None:
+            reset()
+        elif next(part.parameters(recurse=False), None) is not None:
+            raise ExportError(
+                f"a {type(part).__name__} has parameters but no reset_parameters(), so no untrained copy of it can be "
+                "made for an auxiliary network; give it that method, or use rule linear"
+            )
+    return fresh
