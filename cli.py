@@ -1,0 +1,228 @@
+"""The command line: each command parses, calls one library function and prints. No logic here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from edgelocal import __version__
+from edgelocal.errors import EdgelocalError, UsageError
+
+FOLDER = click.Path(path_type=Path)
+
+
+class _Command(click.Group):
+    """Turns our errors into one line on stderr and their exit code; with --json also into an object."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except EdgelocalError as error:
+            if "--json" in sys.argv:
+                click.echo(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+            click.echo(f"edgelocal: {error}", err=True)
+            sys.exit(error.exit_code)
+
+
+def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")(command)
+
+
+def _emit(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
+    """The result as JSON, or what a person reads of it."""
+    if as_json:
+        click.echo(json.dumps(result, sort_keys=True))
+        return
+    console = Console(highlight=False)
+    for part in shown:
+        console.print(part)
+
+
+@click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="edgelocal")
+def main() -> None:
+    """Train neural networks block by block on edge devices.
+
+    On a workstation, `export` turns a PyTorch network into a bundle. On the device, `train` trains it, `eval`
+    measures it, `finish` writes the model to deploy.
+
+    Exit codes: 0 done, 1 internal error, 2 usage, 3 over the memory budget, 4 bundle or checkpoint refused,
+    5 bad data, 6 diverged, 7 interrupted and resumable, 8 the disk refused a write.
+    """
+
+
+@main.command()
+@click.argument("network")
+@click.argument("out", type=FOLDER)
+@click.option("--blocks", default="auto", show_default=True, help="A number, auto or per-unit.")
+@click.option("--rule", default="auglocal", show_default=True, help="auglocal, linear or bp (one block, the baseline).")
+@click.option("--aux-depth", default=2, show_default=True, help="Largest depth of the auxiliary networks.")
+@click.option("--tau", default=0.5, show_default=True, help="How much shallower later auxiliaries are, 0 to 1.")
+@click.option("--tail", type=click.Choice(["merge", "all"]), default="merge", show_default=True)
+@click.option("--input", "input_shape", default="3x32x32", show_default=True, help="CxHxW or a length; int64:LENGTH for token ids.")
+@click.option("--classes", default=10, show_default=True)
+@click.option("--class-names", default="", help="Comma-separated, in the order of the outputs.")
+@click.option("--normalize", default="auto", show_default=True, help="auto, cifar, imagenet, none, or MEAN/STD with commas.")
+@click.option("--loss", type=click.Choice(["cross_entropy", "bce", "mse"]), default="cross_entropy", show_default=True)
+@click.option("--label-smoothing", default=0.0, show_default=True)
+@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True)
+@click.option("--momentum", type=float, help="SGD's momentum.  [default: 0.9]")
+@click.option("--weight-decay", type=float, help="[default: 1e-4 for sgd, 1e-2 for adamw]")
+@click.option("--nesterov/--no-nesterov", default=True, show_default=True)
+@click.option("--pad", default=4, show_default=True, help="Augmentation: pad by this many pixels, crop back at random.")
+@click.option("--pad-mode", type=click.Choice(["reflect", "zero"]), default="reflect", show_default=True)
+@click.option("--flip/--no-flip", default=True, show_default=True, help="Augmentation: mirror half of the images.")
+@click.option("--batch", default=128, show_default=True, help="Default batch on the device.")
+@click.option("--epochs", default=10, show_default=True, help="Default number of epochs.")
+@click.option("--lr", default=0.1, show_default=True, help="Default learning rate.")
+@click.option("--lr-schedule", type=click.Choice(["constant", "step", "cosine"]), default="cosine", show_default=True)
+@click.option("--weights", type=FOLDER, help="Start from a .safetensors or .pt file (read weights-only).")
+@click.option("--partial-weights", is_flag=True, help="Take from --weights what fits, and report the rest.")
+@click.option("--seed", default=0, show_default=True)
+@_json_option
+def export(network: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Turn NETWORK into the bundle folder OUT.
+
+    NETWORK is a zoo name (resnet32, vgg11, vit, ...), package.module:callable, or file.py:callable.
+    """
+    from edgelocal.inspect import bundle_table
+
+    _need_export_extra()
+    from edgelocal.exporters.pack import export_bundle
+    from edgelocal.exporters.request import make_request
+
+    request = make_request(network, **options)
+    result = export_bundle(request, out, _say(as_json))
+    _emit(result, as_json, bundle_table(result), f"wrote {out}")
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@_json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what is in BUNDLE."""
+    from edgelocal.bundle import open_bundle
+    from edgelocal.inspect import bundle_table, describe_bundle
+
+    info = describe_bundle(open_bundle(bundle).manifest)
+    _emit(info, as_json, bundle_table(info))
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@_json_option
+def verify(bundle: Path, as_json: bool) -> None:
+    """Check every byte of BUNDLE against its manifest."""
+    from edgelocal.bundle import open_bundle, verify
+
+    files = verify(open_bundle(bundle))
+    _emit({"bundle": str(bundle), "files": list(files), "whole": True}, as_json, f"{bundle}: {len(files)} files, all whole")
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--data", type=FOLDER, required=True, help="Images by class folder or .zip, CIFAR binary, IDX, .npz, .npy.")
+@click.option("--val", "validation", type=FOLDER, help="Validation data.  [default: the test split of --data]")
+@click.option("--out", type=FOLDER, required=True, help="Folder of the run.")
+@click.option("--epochs", type=int, help="Epochs (of each block, when sequential).  [default: the bundle's]")
+@click.option("--batch", type=int, help="[default: the bundle's]")
+@click.option("--lr", type=float, help="[default: the bundle's]")
+@click.option("--lr-schedule", type=click.Choice(["constant", "step", "cosine"]), help="[default: the bundle's]")
+@click.option("--warmup-epochs", default=0, show_default=True)
+@click.option("--hyper", multiple=True, metavar="NAME=VALUE", help="Override a hyper-parameter of the optimizer.")
+@click.option("--schedule", type=click.Choice(["interleaved", "sequential"]), default="interleaved", show_default=True)
+@click.option("--cache", is_flag=True, help="Sequential: keep outputs of frozen blocks on disk.")
+@click.option("--augment/--no-augment", default=True, show_default=True)
+@click.option("--memory-budget", help="Bytes the process may hold: 256MiB, 1.5GB, 60%, auto.  [default: no limit]")
+@click.option("--resume", type=click.Choice(["auto", "never", "must"]), default="auto", show_default=True)
+@click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Commit every so many steps.")
+@click.option("--checkpoint-seconds", type=float, default=300.0, show_default=True, help="Commit every so many seconds.")
+@click.option("--threads", type=click.IntRange(min=1), help="[default: the usable cores]")
+@click.option("--seed", default=0, show_default=True)
+@_json_option
+def train(as_json: bool, **options: Any) -> None:
+    """Train BUNDLE block by block into a run folder. The same command continues an interrupted run."""
+    from edgelocal.progress import Display, closing_line, report_table
+    from edgelocal.training import make_request, train
+
+    request = make_request(**options)
+    report = train(request, Display(Console(stderr=True, highlight=False)))
+    _emit(report, as_json, report_table(report), closing_line(report))
+
+
+@main.command("eval")
+@click.argument("run", type=FOLDER)
+@click.option("--data", type=FOLDER, required=True, help="The test split, or all of it if it has none.")
+@click.option("--bundle", type=FOLDER, help="Where the bundle is, if it was moved.")
+@click.option("--batch", type=click.IntRange(min=1), help="[default: the run's]")
+@click.option("--threads", type=click.IntRange(min=1), help="[default: the usable cores]")
+@_json_option
+def evaluate(run: Path, as_json: bool, **options: Any) -> None:
+    """Measure the network of RUN, at its end and at the exit of every block."""
+    from edgelocal.commands import evaluate_run, exits_table
+
+    result = evaluate_run(run, **options)
+    _emit(result, as_json, exits_table(result))
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="Folder to write.")
+@click.option("--exit-block", type=int, help="End the network at this block, through its auxiliary head.")
+@click.option("--bundle", type=FOLDER, help="Where the bundle is, if it was moved.")
+@_json_option
+def finish(run: Path, out: Path, exit_block: int | None, bundle: Path | None, as_json: bool) -> None:
+    """Write model.onnx (inference, any runtime) and weights.safetensors (PyTorch) of RUN."""
+    from edgelocal.commands import finish_run
+
+    result = finish_run(run, out, exit_block, bundle)
+    _emit(result, as_json, f"wrote {out}/model.onnx and {out}/weights.safetensors")
+
+
+@main.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine and this installation are, and what to mend."""
+    from edgelocal.commands import doctor_report, doctor_table
+
+    result = doctor_report()
+    _emit(result, as_json, doctor_table(result))
+    if result["problems"]:
+        sys.exit(UsageError.exit_code)
+
+
+@main.command()
+@click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder for bundle, data, run and model.")
+@click.option("--memory-budget", default="256MiB", show_default=True)
+@_json_option
+def demo(out: Path, memory_budget: str, as_json: bool) -> None:
+    """Train a small ResNet on handwritten digits, from export to the finished model."""
+    from edgelocal.progress import report_table
+
+    _need_export_extra()
+    from edgelocal.exporters.demo import run_demo
+
+    result = run_demo(out, memory_budget, _say(as_json))
+    _emit(result, as_json, report_table(result["report"]), result["conclusion"])
+
+
+def _say(as_json: bool) -> Callable[[str], None]:
+    """Where commands tell what they are doing: stderr, or nowhere with --json."""
+    console = Console(stderr=True, highlight=False)
+    return (lambda text: None) if as_json else console.print
+
+
+def _need_export_extra() -> None:
+    missing = [name for name in ("torch", "onnx", "safetensors") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"this needs {', '.join(missing)}, which is not installed: type  pip install \"edgelocal[export]\"  "
+            "(exporting is for the workstation; training needs none of it)"
+        )

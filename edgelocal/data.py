@@ -82,8 +82,8 @@ def prepare(
     augment: AugmentSpec | None,
     seed: int,
     epoch: int,
-) -> npt.NDArray[np.float32]:
-    """A batch as the step graph takes it: (k, *input.shape) float32, C-contiguous.
+) -> npt.NDArray[np.float32] | npt.NDArray[np.int64]:
+    """A batch as the step graph takes it: (k, *input.shape) of the input's dtype, C-contiguous.
 
     x = (a / 255 - mean) / std for bytes, (a - mean) / std for floats, with a the augmented samples and one mean and std
     per channel (or one for all). Augmentation moves values only, so it is done first, on fewer bytes.
@@ -91,6 +91,8 @@ def prepare(
     Args:
         images: as `Dataset.read(indices)` gives them; unchanged.
     """
+    if input.dtype == "int64":
+        return np.ascontiguousarray(images, dtype=np.int64)
     moved: npt.NDArray[Any] = images
     if augment is not None:
         moved = augment_images(moved, indices, spec=augment, seed=seed, epoch=epoch)

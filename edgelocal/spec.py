@@ -105,12 +105,13 @@ class RuleSpec:
 class InputSpec:
     """Shape of one sample (channels first for images) and its normalisation, one value per channel.
 
-    Bytes are scaled to [0, 1] first; then (x - mean) / std.
+    Bytes are scaled to [0, 1] first; then (x - mean) / std. With dtype int64 (token ids) values are taken as they are.
     """
 
     shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,8 @@ def _check(manifest: Manifest) -> None:
     channels = manifest.input.shape[0] if manifest.input.shape else 0
     _expect(channels > 0, "manifest.input.shape", "a positive shape", manifest.input.shape)
     widths = {len(manifest.input.mean), len(manifest.input.std)}
+    _expect(all(s > 0 for s in manifest.input.std), "manifest.input.std", "positive deviations", manifest.input.std)
+    _expect(manifest.input.dtype in ("float32", "int64"), "manifest.input.dtype", "float32 or int64", manifest.input.dtype)
     _expect(widths <= {1, channels}, "manifest.input", f"1 or {channels} means and deviations", widths)
 
 

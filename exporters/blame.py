@@ -77,7 +77,7 @@ class _Probe(nn.Module):
         self.child = child
         self.scale = nn.Parameter(torch.ones(()))
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor]:
         scaled = [x * self.scale if x.is_floating_point() else x for x in inputs]
         output: torch.Tensor = self.child(*scaled)
-        return output.float().sum()
+        return (output.float().sum(),)

@@ -25,25 +25,24 @@ class LocalStep(nn.Module):
 
 
 class Forward(nn.Module):
-    """The block without its auxiliary: x -> h."""
+    """The block without its auxiliary: x -> (h,)."""
 
     def __init__(self, block: LocalBlock) -> None:
         super().__init__()
         self.block = block
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
         h: torch.Tensor = self.block.body(x)
-        return h if self.block.head is None else self.block.head(h)
+        return (h if self.block.head is None else self.block.head(h),)
 
 
 class Head(nn.Module):
-    """The auxiliary network alone: h -> logits."""
+    """The auxiliary network alone: h -> (logits,)."""
 
     def __init__(self, block: LocalBlock) -> None:
         super().__init__()
         self.block = block
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor]:
         assert self.block.auxiliary is not None, "only blocks with an auxiliary have a head"
-        logits: torch.Tensor = self.block.auxiliary(h)
-        return logits
+        return (self.block.auxiliary(h),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import combinations, pairwise
+from typing import Literal
 
 import pytest
 import torch
@@ -85,16 +86,16 @@ def test_measuring_leaves_the_network_alone() -> None:
         ("bp", 2, "merge", [4]),
     ],
 )
-def test_per_unit(rule: str, depth: int, tail: str, expected: list[int]) -> None:
-    cut = partition(network("mlp"), blocks="per-unit", rule=rule, depth=depth, tail=tail)  # type: ignore[arg-type]
+def test_per_unit(rule: str, depth: int, tail: Literal["merge", "all"], expected: list[int]) -> None:
+    cut = partition(network("mlp"), blocks="per-unit", rule=rule, depth=depth, tail=tail)
     assert [len(span) for span in cut] == expected
 
 
 def test_a_number_of_blocks_is_kept_and_the_tail_with_it() -> None:
-    for blocks in (1, 2, 5, 13):
-        cut = partition(network("resnet32"), blocks=blocks, rule="auglocal", depth=3, tail="merge")
+    for blocks in (1, 2, 5):
+        cut = partition(network("resnet20"), blocks=blocks, rule="auglocal", depth=3, tail="merge")
         assert len(cut) == blocks
-        assert [index for span in cut for index in span] == list(range(16))
+        assert [index for span in cut for index in span] == list(range(10))
         assert len(cut[-1]) >= 4
 
 
@@ -116,9 +117,9 @@ def test_auto_spends_at_most_a_tenth_more() -> None:
         ("auto", 0, "merge", "auxiliary depth is 0, expected at least 1"),
     ],
 )
-def test_the_impossible_is_refused(blocks: Blocks, depth: int, tail: str, message: str) -> None:
+def test_the_impossible_is_refused(blocks: Blocks, depth: int, tail: Literal["merge", "all"], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        partition(network("mlp"), blocks=blocks, rule="auglocal", depth=depth, tail=tail)  # type: ignore[arg-type]
+        partition(network("mlp"), blocks=blocks, rule="auglocal", depth=depth, tail=tail)
 
 
 def test_a_network_of_one_unit_trains_as_one_block_only() -> None:

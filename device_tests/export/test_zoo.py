@@ -192,6 +192,14 @@ def test_a_sequential_is_cut_before_every_child_with_parameters(tmp_path: Path) 
     assert len(list(network.head.children())) == 2
 
 
+def test_a_child_that_occurs_twice_is_kept() -> None:
+    relu = nn.ReLU()
+    layers = [nn.Linear(4, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 2)]
+    network = custom.from_module(nn.Sequential(*layers), "twice", (4,), 2)
+    check_composition(network)
+    assert [len(list(unit.module.children())) for unit in network.units] == [2, 2]
+
+
 def test_declared_units_are_taken(tmp_path: Path) -> None:
     network = user_network(
         tmp_path,

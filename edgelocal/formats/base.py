@@ -54,7 +54,8 @@ Parts: TypeAlias = dict[Split, Opener]
 class Readable(Protocol):
     """A stream of bytes, decompressed or not."""
 
-    def read(self, size: int, /) -> bytes: ...
+    def read(self, size: int, /) -> bytes:
+        """Up to `size` bytes; none at the end."""
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgelocal.errors import DataError, UsageError
-from edgelocal.formats.base import Dataset, Indices, Labels, Parts, Split, is_junk, reading, visible
+from edgelocal.formats.base import Dataset, Indices, Labels, Parts, Split, reading, visible
 from edgelocal.formats.labels import class_labels
 from edgelocal.formats.rows import check_indices
 from edgelocal.formats.zips import ZipTree
@@ -32,13 +32,15 @@ _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")  # converting them to bytes w
 
 
 class Tree(Protocol):
-    """Files by name: "<class>/<file>", and "<class>/" for a folder itself."""
+    """Files by name, without junk: "<class>/<file>", and "<class>/" for a folder itself."""
 
     @property
-    def source(self) -> str: ...
+    def source(self) -> str:
+        """Where the files are, for messages."""
 
     @property
-    def names(self) -> Sequence[str]: ...
+    def names(self) -> Sequence[str]:
+        """Name of each file."""
 
     def read(self, positions: Sequence[int], limit: int) -> Iterator[bytes]:
         """The files at these positions of `names`, each refused if larger than `limit` bytes."""
@@ -53,9 +55,11 @@ class FolderTree:
 
     @property
     def source(self) -> str:
+        """The folder."""
         return str(self.path)
 
     def read(self, positions: Sequence[int], limit: int) -> Iterator[bytes]:
+        """As `Tree.read`."""
         for position in positions:
             path = self.path / self.names[position]
             with reading(path) as file:
@@ -80,6 +84,7 @@ class ImageDataset:
         return len(self.positions)
 
     def read(self, indices: Indices) -> npt.NDArray[np.uint8]:
+        """As `Dataset.read`, always uint8."""
         check_indices(indices, len(self))
         samples = np.empty((len(indices), *self.shape), dtype=np.uint8)
         positions: list[int] = self.positions[indices].tolist()
@@ -172,8 +177,6 @@ def _classes(tree: Tree) -> tuple[list[str], npt.NDArray[np.int64], npt.NDArray[
     for position in sorted(range(len(tree.names)), key=tree.names.__getitem__):
         name = tree.names[position]
         folder, slash, file = name.partition("/")
-        if any(is_junk(part) for part in (folder, file)):
-            continue
         images = found.setdefault(folder, []) if slash else []
         if file or not slash:
             _check_name(tree.source, name)

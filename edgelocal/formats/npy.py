@@ -3,7 +3,8 @@
 Names: `x` and `y`, or `images` and `labels`, alone (all of it is for training) or with the split before or after, as in
 `x_train`, `train_images`, `y_test`, `val_labels`. Samples in `.npy` files and in stored members (`np.savez`) are read
 from the file by row. Members that are compressed (`np.savez_compressed`) are held decompressed: n times the bytes of a
-sample, for as long as the dataset lives. Pickled objects are refused unread.
+sample, for as long as the dataset lives. The checksum of a stored member is not checked: that would take reading all of
+it. Pickled objects are refused unread.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from edgelocal.spec import InputSpec, TaskSpec
 
 RowsOf: TypeAlias = Callable[[str], Rows]
 _TAGS: dict[Split, tuple[str, ...]] = {"train": ("train", ""), "test": ("test", "val")}
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, RuntimeError, ValueError)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature ... length of the name, length of the extra field
 
 
@@ -80,7 +82,7 @@ def _npz_rows(path: Path, name: str) -> Rows:
                 info = archive.getinfo(f"{name}.npy")
                 if info.compress_type != zipfile.ZIP_STORED:
                     return _loaded_rows(archive, info, where)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except _DAMAGE as error:
             raise _damaged(where, error) from error
         file.seek(info.header_offset)
         header = file.read(_LOCAL_HEADER.size)
@@ -135,7 +137,7 @@ def _members(path: Path) -> list[str]:
         try:
             with zipfile.ZipFile(file) as archive:
                 return archive.namelist()
-        except (zipfile.BadZipFile, NotImplementedError) as error:
+        except _DAMAGE as error:
             raise _damaged(str(path), error) from error
 
 

@@ -26,13 +26,16 @@ class Rows(Protocol):
     """`count` rows of one shape and dtype."""
 
     @property
-    def count(self) -> int: ...
+    def count(self) -> int:
+        """Number of rows."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
 
     @property
-    def dtype(self) -> np.dtype[Any]: ...
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the values."""
 
     def read(self, indices: Indices) -> npt.NDArray[Any]:
         """Rows `indices`: (k, *shape), a fresh array."""
@@ -51,9 +54,11 @@ class FileRows:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, indices: Indices) -> npt.NDArray[Any]:
+        """Rows `indices`: (k, *shape), a fresh array."""
         data = np.empty((len(indices), self.row_bytes), dtype=np.uint8)
         with reading(self.path) as file:
             for start, stop in self._runs(indices):
@@ -79,17 +84,21 @@ class MemoryRows:
 
     @property
     def count(self) -> int:
+        """Number of rows."""
         return len(self.array)
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
         return self.array.shape[1:]
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """Type of the values."""
         return self.array.dtype
 
     def read(self, indices: Indices) -> npt.NDArray[Any]:
+        """Rows `indices`: (k, *shape), a fresh array."""
         return np.asarray(self.array[indices])
 
 
@@ -101,17 +110,21 @@ class JoinedRows:
 
     @property
     def count(self) -> int:
+        """Number of rows."""
         return sum(part.count for part in self.parts)
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
         return self.parts[0].shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """Type of the values."""
         return self.parts[0].dtype
 
     def read(self, indices: Indices) -> npt.NDArray[Any]:
+        """Rows `indices`: (k, *shape), a fresh array."""
         rows = np.empty((len(indices), *self.shape), dtype=self.dtype)
         first = 0
         for part in self.parts:
@@ -137,6 +150,7 @@ class ArrayDataset:
         return self.rows.count
 
     def read(self, indices: Indices) -> Samples:
+        """As `Dataset.read`."""
         check_indices(indices, len(self))
         rows = self.rows.read(indices)
         if self.channels_last:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from edgelocal.errors import DataError
 from edgelocal.formats.base import is_junk, reading
 
-_LOCAL = struct.Struct("<4s22xHH")  # signature ... length of the name, length of the extra field
+_LOCAL = struct.Struct("<4s2xH18xHH")  # signature, flags, length of the name, length of the extra field
 _ENTRY = struct.Struct("<4s4xHH4xIIIHHH8xI")  # signature, flags, method, crc, packed, size, 3 lengths, offset
 _END = struct.Struct("<4s4xHHIIH")  # signature, entries here and in all, bytes and offset of the directory, comment
 _END_64 = struct.Struct("<4s20xQQQQ")  # signature, entries here and in all, bytes and offset of the directory
@@ -59,6 +59,7 @@ class ZipTree:
 
     @property
     def source(self) -> str:
+        """The archive and the folder in it."""
         return f"{self.path}/{self.prefix}".rstrip("/")
 
     def under(self, folder: str) -> ZipTree:
@@ -79,9 +80,10 @@ class ZipTree:
                 offset, packed, size, crc, method = self.members[position].item()
                 if max(packed, size) > limit:
                     raise DataError(f"{where} has {size} bytes, expected at most {limit}: remove or shrink it")
-                data = _unpack(_content(file, offset, packed), method, size, where)
-                if len(data) != size or zlib.crc32(data) != crc:
-                    raise DataError(f"{where} is damaged (its checksum differs); make or copy the archive again")
+                name, content = _content(file, offset, packed)
+                data = _unpack(content, method, size, where)
+                if name != self.prefix + self.names[position] or len(data) != size or zlib.crc32(data) != crc:
+                    raise DataError(f"{where} is damaged (not the name, size and checksum listed); copy it again")
                 yield data
 
 
@@ -98,13 +100,15 @@ def _entries(file: BinaryIO) -> tuple[list[str], npt.NDArray[Any]]:
         if signature != b"PK\x01\x02" or flags & _ENCRYPTED:
             raise ValueError("it is encrypted" if flags & _ENCRYPTED else "an entry of its directory is broken")
         at += _ENTRY.size
-        names.append(data[at : at + lengths[0]].decode("utf-8" if flags & _UTF8 else "cp437"))
+        names.append(_text(data[at : at + lengths[0]], flags))
         extra = data[at + lengths[0] : at + lengths[0] + lengths[1]]
         full, packed, offset = _wide(extra, (full, packed, offset))
         at += sum(lengths)
         if offset + shift + packed > start:
             raise ValueError(f"{names[-1]} lies beyond its directory")
         members[k] = (offset + shift, packed, full, crc, method)
+    if at != size:
+        raise ValueError(f"its directory has other than the {count} entries it announces")
     return names, members
 
 
@@ -153,14 +157,20 @@ def _wide(extra: bytes, values: tuple[int, int, int]) -> Iterator[int]:
         yield value
 
 
-def _content(file: BinaryIO, offset: int, packed: int) -> bytes:
-    """The packed bytes behind the local header at `offset`; short where the file is."""
+def _content(file: BinaryIO, offset: int, packed: int) -> tuple[str, bytes]:
+    """Name and packed bytes of the member at `offset`; empty or short where the file is damaged."""
     file.seek(offset)
     header = file.read(_LOCAL.size)
     if len(header) < _LOCAL.size or not header.startswith(b"PK\x03\x04"):
-        return b""
-    file.seek(sum(_LOCAL.unpack(header)[1:]), os.SEEK_CUR)
-    return file.read(packed)
+        return "", b""
+    _, flags, name, extra = _LOCAL.unpack(header)
+    text = _text(file.read(name), flags)
+    file.seek(extra, os.SEEK_CUR)
+    return text, file.read(packed)
+
+
+def _text(name: bytes, flags: int) -> str:
+    return name.decode("utf-8" if flags & _UTF8 else "cp437", "replace")
 
 
 def _unpack(data: bytes, method: int, size: int, where: str) -> bytes:

@@ -83,7 +83,8 @@ def _find(reference: str) -> Callable[..., Any]:
     if not callable(found):
         what = "nothing" if found is None else f"a {type(found).__name__}"
         raise ExportError(f"{place} has {what} under the name {attribute!r}, expected a callable that returns a module")
-    return found  # type: ignore[no-any-return]  # any callable will do
+    function: Callable[..., Any] = found
+    return function
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -134,7 +135,9 @@ def _children(module: nn.Module) -> Pieces | None:
         return None
     groups: list[tuple[str, list[nn.Module]]] = []
     leading: list[nn.Module] = []
-    for label, child in module.named_children():
+    # named_children() would leave out a child that occurs twice.
+    children = [(n, m) for n, m in module.named_modules(remove_duplicate=False) if n and "." not in n]
+    for label, child in children:
         if _opens_unit(child):
             groups.append((label, [*leading, child]))
             leading = []

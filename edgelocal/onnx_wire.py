@@ -1,0 +1,176 @@
+"""The little of the ONNX file format that a device needs: join graphs, and put weights into one.
+
+An ONNX file is a protobuf message: a sequence of fields, each a varint key (number * 8 + wire type) and a value. The
+fields used here (onnx.proto3): ModelProto.graph = 7; GraphProto.node = 1, initializer = 5, input = 11, output = 12;
+NodeProto.input = 1, output = 2, name = 3; ValueInfoProto.name = 1; TensorProto.dims = 1, data_type = 2, name = 8,
+raw_data = 9. All other fields are copied as they are, so the device does not depend on the onnx package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgelocal.errors import BundleError
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+MODEL_GRAPH = 7
+NODE, INITIALIZER, INPUT, OUTPUT = 1, 5, 11, 12
+TENSOR_TYPES = {"float32": 1, "int64": 7, "bool": 9}
+
+Field = tuple[int, int, Any]  # number, wire type, value: int for VARINT, else bytes
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model taken apart: `shell` are the fields of the model around the graph, `rest` those of the graph."""
+
+    shell: tuple[Field, ...]
+    nodes: tuple[bytes, ...]
+    initializers: tuple[bytes, ...]
+    inputs: tuple[bytes, ...]
+    outputs: tuple[bytes, ...]
+    rest: tuple[Field, ...]
+
+
+def fields(message: bytes) -> Iterator[Field]:
+    """The fields of a protobuf message.
+
+    Raises:
+        BundleError: the bytes are no protobuf message.
+    """
+    at = 0
+    while at < len(message):
+        key, at = _read_varint(message, at)
+        number, kind = key >> 3, key & 7
+        if kind == VARINT:
+            value, at = _read_varint(message, at)
+            yield number, kind, value
+            continue
+        if kind == BYTES:
+            size, at = _read_varint(message, at)
+        elif kind in (FIXED32, FIXED64):
+            size = 4 if kind == FIXED32 else 8
+        else:
+            raise BundleError(f"an ONNX file is damaged: wire type {kind} at byte {at}; copy the bundle again")
+        if at + size > len(message):
+            raise BundleError(f"an ONNX file is damaged: a field of {size} bytes runs past its end; copy it again")
+        yield number, kind, message[at : at + size]
+        at += size
+
+
+def render(parts: Iterable[Field]) -> bytes:
+    """The inverse of `fields`."""
+    out = bytearray()
+    for number, kind, value in parts:
+        out += _varint(number << 3 | kind)
+        if kind == VARINT:
+            out += _varint(value)
+        else:
+            out += (_varint(len(value)) if kind == BYTES else b"") + value
+    return bytes(out)
+
+
+def take_apart(model: bytes) -> Graph:
+    """Model bytes -> Graph."""
+    shell = tuple(fields(model))
+    graphs = [value for number, _, value in shell if number == MODEL_GRAPH]
+    if len(graphs) != 1:
+        raise BundleError(f"an ONNX file holds {len(graphs)} graphs, expected one; export the bundle again")
+    parts = tuple(fields(graphs[0]))
+
+    def all_of(number: int) -> tuple[bytes, ...]:
+        return tuple(value for n, _, value in parts if n == number)
+
+    rest = tuple(f for f in parts if f[0] not in (NODE, INITIALIZER, INPUT, OUTPUT))
+    around = tuple(f for f in shell if f[0] != MODEL_GRAPH)
+    return Graph(around, all_of(NODE), all_of(INITIALIZER), all_of(INPUT), all_of(OUTPUT), rest)
+
+
+def put_together(graph: Graph) -> bytes:
+    """Graph -> model bytes."""
+    lists = ((NODE, graph.nodes), (INITIALIZER, graph.initializers), (INPUT, graph.inputs), (OUTPUT, graph.outputs))
+    parts = [*graph.rest, *((number, BYTES, item) for number, items in lists for item in items)]
+    return render([*graph.shell, (MODEL_GRAPH, BYTES, render(parts))])
+
+
+def compose(models: Sequence[bytes], result: str = "logits") -> bytes:
+    """Join models in a row: the first output of each is the first input of the next; `result` names the last output.
+
+    Other inputs (weights) are kept, once each. Names inside the models must differ; `export` prefixes them by block.
+    """
+    graphs = [take_apart(model) for model in models]
+    nodes: list[bytes] = []
+    inputs: dict[str, bytes] = {}
+    link = _name(graphs[0].inputs[0])
+    inputs[link] = graphs[0].inputs[0]
+    for index, graph in enumerate(graphs):
+        end = result if index == len(graphs) - 1 else f"{result}/{index}"
+        renamed = {_name(graph.inputs[0]): link, _name(graph.outputs[0]): end}
+        nodes += [_rename_node(node, renamed) for node in graph.nodes]
+        inputs.update({_name(i): i for i in graph.inputs[1:]})
+        link = end
+    output = render((n, k, result.encode() if n == 1 else v) for n, k, v in fields(graphs[-1].outputs[0]))
+    initializers = tuple(i for graph in graphs for i in graph.initializers)
+    return put_together(
+        Graph(graphs[0].shell, tuple(nodes), initializers, tuple(inputs.values()), (output,), graphs[0].rest)
+    )
+
+
+def bind(model: bytes, weights: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> bytes:
+    """Make the inputs named in `weights` constants of the graph.
+
+    Raises:
+        BundleError: an input besides the first has no weight.
+    """
+    graph = take_apart(model)
+    names = [_name(i) for i in graph.inputs[1:]]
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise BundleError(f"the model wants {missing[0]!r} ({len(missing)} such), which the run does not hold")
+    constants = tuple(_tensor(name, weights[name]) for name in names)
+    return put_together(
+        Graph(graph.shell, graph.nodes, graph.initializers + constants, graph.inputs[:1], graph.outputs, graph.rest)
+    )
+
+
+def _rename_node(node: bytes, names: Mapping[str, str]) -> bytes:
+    return render(
+        (number, kind, names.get(value.decode(), value.decode()).encode() if number in (1, 2) else value)
+        for number, kind, value in fields(node)
+    )
+
+
+def _name(value_info: bytes) -> str:
+    return next((value.decode() for number, _, value in fields(value_info) if number == 1), "")
+
+
+def _tensor(name: str, array: np.ndarray[Any, np.dtype[Any]]) -> bytes:
+    dims: list[Field] = [(1, VARINT, int(size)) for size in array.shape]
+    data = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    return render([*dims, (2, VARINT, TENSOR_TYPES[array.dtype.name]), (8, BYTES, name.encode()), (9, BYTES, data)])
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while True:
+        value, low = value >> 7, value & 127
+        out.append(low | (128 if value else 0))
+        if not value:
+            return bytes(out)
+
+
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(message) or shift > 63:
+            raise BundleError("an ONNX file is damaged: a number runs past its end; copy the bundle again")
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7

@@ -1,0 +1,169 @@
+"""What `train` shows while it works: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from edgelocal.budget import format_size
+from edgelocal.run import RunInfo
+from edgelocal.spec import TensorSpec
+from edgelocal.trainer import Trainer
+
+LINE_EVERY_S = 10.0
+
+
+class Display:
+    """Shows a training on `console` (stderr, so that stdout stays free for results)."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._started = 0.0
+        self._start_steps = 0
+        self._last_line = 0.0
+
+    def start(self, trainer: Trainer, info: RunInfo, threads: int, notes: list[str]) -> None:
+        """The plan: blocks with their parameters, settings, versions."""
+        self._start_steps = trainer.position.steps
+        self.console.print(_plan_table(trainer))
+        config = trainer.config
+        budget = format_size(info.budget_bytes) if info.budget_bytes else "none"
+        self.console.print(
+            f"{config.schedule}, {config.epochs} epochs of {len(trainer.train)} samples, batch {config.batch}, "
+            f"{trainer.manifest.optimizer.name} lr {config.lr} {config.lr_schedule}, budget {budget}\n"
+            f"onnxruntime {info.runtime['onnxruntime']} {info.runtime['provider']} on {info.runtime['machine']}, "
+            f"{threads} threads, state {format_size(sum(b.state_bytes() for b in trainer.blocks))}"
+        )
+        if trainer.position.steps:
+            self.console.print(f"resumed after step {trainer.position.steps} of {trainer.total_steps}")
+        for note in notes:
+            self.console.print(f"note: {note}")
+
+    def __enter__(self) -> Display:
+        self._started = self._last_line = time.monotonic()
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("training", total=None, detail="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def step(self, trainer: Trainer) -> None:
+        """After every step."""
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                total=trainer.total_steps,
+                completed=trainer.position.steps,
+                description=self._where(trainer),
+                detail=self._detail(trainer),
+            )
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            left = self._left_s(trainer)
+            self.console.print(f"{self._where(trainer)}: {self._detail(trainer)}, {left:.0f} s left")
+
+    def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """After every epoch: one line with the scores of its blocks."""
+        scores = "  ".join(f"{name} {_score(values)}" for name, values in _ends(record["blocks"]))
+        held = f"  validation {_score(record['validation'])}" if "validation" in record else ""
+        stage = f"stage {record['stage'] + 1} " if len(trainer.stages) > 1 else ""
+        self.console.print(f"{stage}epoch {record['epoch']}: {scores}{held}  {record['seconds']:.1f} s", highlight=False)
+
+    def _where(self, trainer: Trainer) -> str:
+        stage = trainer.stages[min(trainer.position.stage, len(trainer.stages) - 1)]
+        name = f"block {trainer.blocks[stage.trained[0]].spec.name} " if len(trainer.stages) > 1 else ""
+        return f"{name}epoch {trainer.position.epoch + 1}/{trainer.config.epochs}"
+
+    def _detail(self, trainer: Trainer) -> str:
+        stage = trainer.stages[min(trainer.position.stage, len(trainer.stages) - 1)]
+        scores = {trainer.blocks[i].spec.name: trainer.measures[i].score.result(trainer.manifest.task) for i in stage.trained}
+        shown = "  ".join(f"{name} {_score(values)}" for name, values in _ends(scores))
+        rate = self._rate(trainer) * trainer.config.batch
+        return f"{shown}  {rate:.0f} samples/s  peak {format_size(trainer.process_peak_bytes)}"
+
+    def _rate(self, trainer: Trainer) -> float:
+        elapsed = max(time.monotonic() - self._started, 1e-9)
+        return (trainer.position.steps - self._start_steps) / elapsed
+
+    def _left_s(self, trainer: Trainer) -> float:
+        return (trainer.total_steps - trainer.position.steps) / max(self._rate(trainer), 1e-9)
+
+
+def _plan_table(trainer: Trainer) -> Table:
+    table = Table(title=f"{trainer.manifest.network}, rule {trainer.manifest.rule.name}", title_justify="left")
+    table.add_column("block")
+    table.add_column("units", overflow="fold")
+    for name in ("trained parameters", "of these auxiliary"):
+        table.add_column(name, justify="right")
+    for block in trainer.blocks:
+        count = count_parameters(block.spec.step.inputs)
+        units = block.spec.units
+        listed = ", ".join(units) if len(units) < 4 else f"{units[0]} ... {units[-1]} ({len(units)})"
+        table.add_row(block.spec.name, listed, f"{sum(count.values()):,}", f"{count['auxiliary']:,}")
+    return table
+
+
+def count_parameters(tensors: tuple[TensorSpec, ...]) -> dict[str, int]:
+    """Numbers of parameters among graph inputs: `network` (kept after training) and `auxiliary`."""
+    count = {"network": 0, "auxiliary": 0}
+    for tensor in tensors:
+        if tensor.kind == "param":
+            count["auxiliary" if tensor.name.startswith("param/aux/") else "network"] += tensor.elements_per_sample()
+    return count
+
+
+def report_table(report: dict[str, Any]) -> Table:
+    """The end of a run: a row a block with local loss and accuracy, peak memory and time."""
+    metric = "absolute error" if report["loss"] == "mse" else "accuracy"
+    table = Table(title=f"{report['network']}, rule {report['rule']}, {report['schedule']}", title_justify="left")
+    table.add_column("block")
+    for name in ("local loss", metric, f"validation {metric}", "peak memory", "working set", "time"):
+        table.add_column(name, justify="right")
+    for block in report["blocks"]:
+        training, held = block["training"] or {}, block["validation"] or {}
+        table.add_row(
+            block["name"],
+            f"{training['loss']:.4f}" if training else "-",
+            _metric(training),
+            _metric(held),
+            format_size(block["peak_bytes"]),
+            format_size(block["working_set_bytes"]),
+            f"{block['train_s']:.1f} s",
+        )
+    return table
+
+
+def closing_line(report: dict[str, Any]) -> str:
+    """The result of a run in one sentence."""
+    held = f"validation {_score(report['validation'])}, " if report["validation"] else ""
+    budget = f" of a budget of {format_size(report['budget_bytes'])}" if report["budget_bytes"] else ""
+    return f"{held}peak memory {format_size(report['process_peak_bytes'])}{budget}, {report['train_s']:.1f} s in steps"
+
+
+def _ends(blocks: dict[str, Any]) -> list[tuple[str, Any]]:
+    """All blocks if they are few, else the first and the last."""
+    items = list(blocks.items())
+    return items if len(items) <= 4 else [items[0], items[-1]]
+
+
+def _score(values: dict[str, float]) -> str:
+    return f"loss {values['loss']:.3f} {_metric(values)}"
+
+
+def _metric(values: dict[str, float]) -> str:
+    if "accuracy" in values:
+        return f"{100 * values['accuracy']:.2f} %"
+    return f"{values['mean_absolute_error']:.4f}" if values else "-"

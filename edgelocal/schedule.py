@@ -1,0 +1,37 @@
+"""Learning rate as a function of the epoch, counted from 1 to E.
+
+    constant   lr
+    step       lr * 0.1 for each of the epochs floor(E/2) and floor(3E/4) that is behind
+    cosine     c(e) = lr / 2 * (1 + cos(pi e / E)), which reaches 0 at e = E
+
+With a warm-up of W epochs the rate for e <= W is  r(e) (e - 1) / W + 0.01 (W + 1 - e) / W : a line from 0.01 to the
+schedule r (AugLocal's recipe has W = 10 and cosine).
+"""
+
+from __future__ import annotations
+
+import math
+
+from edgelocal.errors import UsageError
+
+SCHEDULES = ("constant", "step", "cosine")
+WARMUP_START = 0.01
+
+
+def learning_rate(schedule: str, base: float, epoch: int, epochs: int, warmup: int) -> float:
+    """The rate of `epoch` (1..epochs).
+
+    Raises:
+        UsageError: an unknown schedule.
+    """
+    if schedule == "constant":
+        rate = base
+    elif schedule == "step":
+        rate = base * 0.1 ** ((epoch > epochs // 2) + (epoch > epochs * 3 // 4))
+    elif schedule == "cosine":
+        rate = base * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    else:
+        raise UsageError(f"there is no learning-rate schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if epoch <= warmup:
+        return rate * (epoch - 1) / warmup + WARMUP_START * (warmup + 1 - epoch) / warmup
+    return rate

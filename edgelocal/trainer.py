@@ -1,0 +1,258 @@
+"""The training loop. It reads top to bottom: stages, epochs, batches, blocks.
+
+interleaved   one stage: every batch passes through all blocks, each updates at once (the papers' way);
+sequential    a stage a block: the blocks before it are frozen and run in inference mode, or are read from a cache.
+
+Only one block works at a time, so only its activations live. A step is the smallest unit of progress: after each one
+the run may commit its state, be stopped by a signal, or find that it is over its budget.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgelocal.block import Block
+from edgelocal.budget import PeakMeter, format_size
+from edgelocal.cache import OutputCache
+from edgelocal.config import TrainConfig
+from edgelocal.data import batches, prepare
+from edgelocal.errors import BudgetError, InterruptedRunError
+from edgelocal.evaluate import evaluate
+from edgelocal.formats.base import Dataset, Indices
+from edgelocal.schedule import learning_rate
+from edgelocal.scores import Score
+from edgelocal.session import Tensor
+from edgelocal.spec import Manifest
+
+
+@dataclass
+class Position:
+    """Where a run stands: stage, epoch in the stage and batch in the epoch to do next, and steps done before."""
+
+    stage: int = 0
+    epoch: int = 0
+    batch: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks that run frozen, then blocks that train, on every batch."""
+
+    frozen: range
+    trained: range
+
+
+def stages(schedule: str, blocks: int) -> tuple[Stage, ...]:
+    """The stages of a schedule over `blocks` blocks."""
+    if schedule == "interleaved":
+        return (Stage(range(0), range(blocks)),)
+    return tuple(Stage(range(k), range(k, k + 1)) for k in range(blocks))
+
+
+@dataclass
+class BlockMeasures:
+    """What was measured of a block: training score of the current epoch, and over the run peak bytes and time.
+
+    `peak_bytes` is the process's peak while the block worked, `working_set_bytes` that peak above what was resident
+    when its step began.
+    """
+
+    score: Score = field(default_factory=Score)
+    peak_bytes: int = 0
+    working_set_bytes: int = 0
+    step_s: float = 0.0
+    steps: int = 0
+
+
+class Watcher(Protocol):
+    """Who is told of the progress, commits the state, and may ask to stop."""
+
+    def step(self, trainer: Trainer) -> None:
+        """After every step."""
+
+    def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """After every epoch, with its metrics."""
+
+    def should_stop(self) -> bool:
+        """Whether to end after this step."""
+
+    def commit(self, trainer: Trainer) -> None:
+        """Make the state durable."""
+
+
+class Trainer:
+    """A run in memory: blocks, data and position. `run` trains to the end or raises."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        config: TrainConfig,
+        blocks: Sequence[Block],
+        train: Dataset,
+        validation: Dataset | None,
+        *,
+        budget_bytes: int | None = None,
+        position: Position | None = None,
+        cache_folder: Path | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.config = config
+        self.blocks = tuple(blocks)
+        self.train = train
+        self.validation = validation
+        self.budget_bytes = budget_bytes
+        self.position = position or Position()
+        self.measures = [BlockMeasures() for _ in blocks]
+        self.process_peak_bytes = 0
+        self.stages = stages(config.schedule, len(blocks))
+        self._cache_folder = cache_folder
+        self._cache: OutputCache | None = None
+        self._augment = manifest.augment if config.augment else None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in an epoch; the last may be short."""
+        return -(-len(self.train) // self.config.batch)
+
+    @property
+    def total_steps(self) -> int:
+        """Batches over all stages and epochs."""
+        return len(self.stages) * self.config.epochs * self.batches_per_epoch
+
+    def run(self, watcher: Watcher) -> None:
+        """Train from the position to the end.
+
+        Raises:
+            InterruptedRunError: the watcher asked to stop; the state was committed.
+            DivergedError: a loss is not finite; the last commit stands.
+            BudgetError: the process holds more than the budget; the last commit stands.
+        """
+        try:
+            for number in range(self.position.stage, len(self.stages)):
+                self._run_stage(number, watcher)
+                self.position.stage, self.position.epoch, self.position.batch = number + 1, 0, 0
+                watcher.commit(self)
+        finally:
+            if self._cache is not None:
+                self._cache.close()
+
+    def _run_stage(self, number: int, watcher: Watcher) -> None:
+        stage = self.stages[number]
+        self._fill_cache(stage)
+        for epoch in range(self.position.epoch, self.config.epochs):
+            started = time.perf_counter()
+            for indices in self._order(number, epoch):
+                self._step(stage, epoch, indices)
+                watcher.step(self)
+                self._check_budget()
+                if watcher.should_stop():
+                    watcher.commit(self)
+                    raise InterruptedRunError(
+                        f"stopped after step {self.position.steps} of {self.total_steps}; the state is committed. "
+                        "The same command goes on from there"
+                    )
+            watcher.epoch(self, self._finish_epoch(stage, epoch, time.perf_counter() - started))
+        for index in stage.trained:
+            self.blocks[index].release()
+
+    def _order(self, stage: int, epoch: int) -> Iterator[Indices]:
+        """The batches still to do; every stage and epoch has an order of its own."""
+        seed, start = self.config.seed, self.position.batch
+        return batches(len(self.train), self.config.batch, seed, self._data_epoch(stage, epoch), True, start)
+
+    def _data_epoch(self, stage: int, epoch: int) -> int:
+        return stage * self.config.epochs + epoch
+
+    def _step(self, stage: Stage, epoch: int, indices: Indices) -> None:
+        if self._cache is not None:
+            x = self._cache.read(indices)
+        else:
+            x = self._through(stage.frozen, self._input(indices, epoch))
+        y = Tensor.of(self.train.labels[indices])
+        rate = learning_rate(
+            self.config.lr_schedule, self.config.lr, epoch + 1, self.config.epochs, self.config.warmup_epochs
+        )
+        hyper = {"lr": rate, **self.config.all_hyper(self.manifest)}
+        for index in stage.trained:
+            x = self._train_block(index, x, y, hyper, len(indices))
+        self.position.batch += 1
+        self.position.steps += 1
+
+    def _train_block(self, index: int, x: Tensor, y: Tensor, hyper: dict[str, float], samples: int) -> Tensor:
+        measures = self.measures[index]
+        started = time.perf_counter()
+        with PeakMeter() as meter:
+            result = self.blocks[index].step(x, y, hyper, self.config.seed, self.position.steps)
+        measures.step_s += time.perf_counter() - started
+        measures.steps += 1
+        measures.peak_bytes = max(measures.peak_bytes, meter.peak_bytes)
+        measures.working_set_bytes = max(measures.working_set_bytes, meter.growth_bytes)
+        measures.score.add(samples, result.loss, result.metric)
+        self.process_peak_bytes = max(self.process_peak_bytes, meter.peak_bytes)
+        return result.h
+
+    def _input(self, indices: Indices, epoch: int) -> Tensor:
+        images = self.train.read(indices)
+        data_epoch = self._data_epoch(self.position.stage, epoch)
+        return Tensor.of(
+            prepare(
+                images,
+                indices,
+                input=self.manifest.input,
+                augment=self._augment,
+                seed=self.config.seed,
+                epoch=data_epoch,
+            )
+        )
+
+    def _through(self, frozen: range, x: Tensor) -> Tensor:
+        for index in frozen:
+            x = self.blocks[index].forward(x)
+        return x
+
+    def _fill_cache(self, stage: Stage) -> None:
+        """Bring the cache, if the run keeps one, to the outputs of the stage's frozen blocks."""
+        if not self.config.cache or not stage.frozen or self._cache_folder is None:
+            return
+        order = list(batches(len(self.train), self.config.batch, 0, 0, shuffle=False))
+        before = self._cache
+        reusable = before is not None and before.depth == len(stage.frozen) - 1
+        inputs = before.read if before is not None and reusable else partial(self._input, epoch=0)
+        blocks = [self.blocks[i] for i in (stage.frozen[-1:] if reusable else stage.frozen)]
+        self._cache = OutputCache.build(self._cache_folder, inputs, blocks, order)
+        if before is not None:
+            before.close()
+        for block in blocks:
+            block.release()
+
+    def _finish_epoch(self, stage: Stage, epoch: int, seconds: float) -> dict[str, Any]:
+        """The epoch's record; the scores start anew, the position moves to the next epoch."""
+        task = self.manifest.task
+        record: dict[str, Any] = {
+            "stage": self.position.stage,
+            "epoch": epoch + 1,
+            "steps": self.position.steps,
+            "seconds": round(seconds, 3),
+            "blocks": {self.blocks[i].spec.name: self.measures[i].score.result(task) for i in stage.trained},
+        }
+        if self.validation is not None:
+            upto = stage.trained[-1]
+            scores = evaluate(self.blocks[: upto + 1], self.validation, self.manifest, self.config.batch, exits=False)
+            record["validation"] = scores[-1]
+        for index in stage.trained:
+            self.measures[index].score = Score()
+        self.position.epoch, self.position.batch = epoch + 1, 0
+        return record
+
+    def _check_budget(self) -> None:
+        if self.budget_bytes is not None and self.process_peak_bytes > self.budget_bytes:
+            raise BudgetError(
+                f"the process held {format_size(self.process_peak_bytes)} at its peak, the budget is "
+                f"{format_size(self.budget_bytes)}; use a smaller --batch, or export more blocks"
+            )

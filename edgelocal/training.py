@@ -1,0 +1,278 @@
+"""`edgelocal train` as one function: bundle + data + configuration -> run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from edgelocal.budget import format_size, parse_budget, rss_bytes
+from edgelocal.bundle import Bundle, open_bundle
+from edgelocal.config import TrainConfig
+from edgelocal.data import has_split, open_dataset
+from edgelocal.device import describe
+from edgelocal.errors import BudgetError, UsageError
+from edgelocal.evaluate import evaluate
+from edgelocal.formats.base import Dataset
+from edgelocal.progress import Display, count_parameters
+from edgelocal.run import RUN, RunFolder, RunInfo, check_resume, describe_run, load_blocks, read_run, restore
+from edgelocal.session import runtime_info
+from edgelocal.spec import Manifest
+from edgelocal.store import lock
+from edgelocal.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What the command line asks for. None means: what the bundle, the data or the machine suggest."""
+
+    bundle: Path
+    data: Path
+    validation: Path | None
+    out: Path
+    config: TrainConfig
+    budget_bytes: int | None
+    resume: str
+    checkpoint_steps: int | None
+    checkpoint_s: float
+    threads: int | None
+
+
+def make_request(
+    *,
+    bundle: Path,
+    data: Path,
+    validation: Path | None,
+    out: Path,
+    epochs: int | None,
+    batch: int | None,
+    lr: float | None,
+    lr_schedule: str | None,
+    warmup_epochs: int,
+    hyper: Sequence[str],
+    schedule: str,
+    cache: bool,
+    augment: bool,
+    memory_budget: str | None,
+    resume: str,
+    checkpoint_steps: int | None,
+    checkpoint_seconds: float,
+    threads: int | None,
+    seed: int,
+) -> TrainRequest:
+    """The request of the command line, with the bundle's defaults for what it leaves out."""
+    defaults = open_bundle(bundle).manifest.defaults
+    config = TrainConfig(
+        epochs=defaults.epochs if epochs is None else epochs,
+        batch=defaults.batch if batch is None else batch,
+        lr=defaults.lr if lr is None else lr,
+        lr_schedule=lr_schedule or defaults.lr_schedule,
+        warmup_epochs=warmup_epochs,
+        schedule=schedule,
+        seed=seed,
+        augment=augment,
+        cache=cache,
+        hyper=dict(_hyper(item) for item in hyper),
+    )
+    budget = None if memory_budget is None else parse_budget(memory_budget, describe().effective_bytes)
+    return TrainRequest(
+        bundle, data, validation, out, config, budget, resume, checkpoint_steps, checkpoint_seconds, threads
+    )
+
+
+def _hyper(text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not equals or not math.isfinite(number):
+        raise UsageError(f"--hyper {text!r} is not NAME=NUMBER, for example momentum=0.8")
+    return name, number
+
+
+def train(request: TrainRequest, display: Display) -> dict[str, Any]:
+    """Train and return the report, which is also written to the run.
+
+    Raises:
+        EdgelocalError: see errors.py; whatever was committed before stands.
+    """
+    bundle = open_bundle(request.bundle)
+    manifest = bundle.manifest
+    request.config.check(manifest)
+    data, validation = open_data(request.data, request.validation, manifest)
+    threads = request.threads or describe().cores
+    _check_fit(bundle, request.budget_bytes)
+    continued = check_resume(request.out, request.resume)
+    info = describe_run(bundle, data, request.data, request.config, request.budget_bytes)
+    with lock(request.out), _stop_signals() as stop:
+        return _train_locked(request, display, bundle, info, data, validation, threads, continued, stop)
+
+
+def _train_locked(
+    request: TrainRequest,
+    display: Display,
+    bundle: Bundle,
+    info: RunInfo,
+    data: Dataset,
+    validation: Dataset | None,
+    threads: int,
+    continued: bool,
+    stop: threading.Event,
+) -> dict[str, Any]:
+    folder = RunFolder(request.out, info)
+    loaded = folder.resume() if continued else None
+    notes = _resume_notes(request.out, info, loaded.skipped if loaded else ()) if continued else []
+    if not continued:
+        folder.start()
+    blocks = load_blocks(bundle, threads, loaded.state.tensors if loaded else None)
+    trainer = Trainer(
+        bundle.manifest,
+        request.config,
+        blocks,
+        data,
+        validation,
+        budget_bytes=request.budget_bytes,
+        cache_folder=request.out / "cache",
+    )
+    if loaded is not None:
+        restore(trainer, loaded)
+    del loaded  # its tensors were copied into the blocks
+    display.start(trainer, info, threads, notes)
+    if not continued:
+        folder.commit(trainer)
+    watcher = _Watcher(folder, display, request, stop)
+    with display:
+        trainer.run(watcher)
+    report = make_report(trainer, info, bundle, notes, folder)
+    folder.write_report(report)
+    return report
+
+
+def open_data(path: Path, validation: Path | None, manifest: Manifest) -> tuple[Dataset, Dataset | None]:
+    """Training and validation data; the validation defaults to the test split of `path`, if it has one."""
+    data = open_dataset(path, "train", manifest.input, manifest.task)
+    if validation is not None:
+        split = "test" if has_split(validation, "test") else "train"
+        return data, open_dataset(validation, split, manifest.input, manifest.task)
+    if has_split(path, "test"):
+        return data, open_dataset(path, "test", manifest.input, manifest.task)
+    return data, None
+
+
+class _Watcher:
+    """Ties the loop to the run folder, the display and the signals."""
+
+    def __init__(self, folder: RunFolder, display: Display, request: TrainRequest, stop: threading.Event) -> None:
+        self.folder = folder
+        self.display = display
+        self.request = request
+        self.stop = stop
+
+    def step(self, trainer: Trainer) -> None:
+        self.display.step(trainer)
+        if self.folder.due(trainer, self.request.checkpoint_steps, self.request.checkpoint_s):
+            self.folder.commit(trainer)
+
+    def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self.folder.add_metrics(record)
+        self.display.epoch(trainer, record)
+
+    def should_stop(self) -> bool:
+        return self.stop.is_set()
+
+    def commit(self, trainer: Trainer) -> None:
+        self.folder.commit(trainer)
+
+
+def make_report(trainer: Trainer, info: RunInfo, bundle: Bundle, notes: list[str], folder: RunFolder) -> dict[str, Any]:
+    """What was reached and measured, per block and for the whole run."""
+    manifest = bundle.manifest
+    training = {name: values for record in folder.metrics for name, values in record["blocks"].items()}
+    scores: list[dict[str, float]] = []
+    if trainer.validation is not None:
+        scores = evaluate(trainer.blocks, trainer.validation, manifest, trainer.config.batch, exits=True)
+    blocks = [
+        {
+            "name": block.spec.name,
+            "units": list(block.spec.units),
+            "parameters": count_parameters(block.spec.step.inputs),
+            "training": training.get(block.spec.name),
+            "validation": scores[index] if scores else None,
+            "peak_bytes": measures.peak_bytes,
+            "working_set_bytes": measures.working_set_bytes,
+            "train_s": round(measures.step_s, 3),
+            "steps": measures.steps,
+        }
+        for index, (block, measures) in enumerate(zip(trainer.blocks, trainer.measures, strict=True))
+    ]
+    return {
+        "network": manifest.network,
+        "rule": manifest.rule.name,
+        "loss": manifest.task.loss,
+        "schedule": trainer.config.schedule,
+        "blocks": blocks,
+        "validation": scores[-1] if scores else None,
+        "samples": len(trainer.train),
+        "steps": trainer.position.steps,
+        "train_s": round(sum(m.step_s for m in trainer.measures), 3),
+        "process_peak_bytes": trainer.process_peak_bytes,
+        "budget_bytes": info.budget_bytes,
+        "runtime": info.runtime,
+        "notes": notes,
+    }
+
+
+def _check_fit(bundle: Bundle, budget: int | None) -> None:
+    """Refuse before anything is allocated what cannot fit: the idle process with the state of all blocks."""
+    if budget is None:
+        return
+    state = sum(4 * t.elements_per_sample() for block in bundle.manifest.blocks for t in block.state())
+    runtime_info()  # the runtime is loaded: from here on the process is what it is before the first block
+    need = rss_bytes() + state
+    if need > budget:
+        raise BudgetError(
+            f"the idle process ({format_size(rss_bytes())}) and the state of the blocks ({format_size(state)}) need "
+            f"{format_size(need)} before the first step, the budget is {format_size(budget)}; raise --memory-budget, or "
+            "export a smaller network or shallower auxiliaries"
+        )
+
+
+def _resume_notes(folder: Path, info: RunInfo, skipped: tuple[tuple[Path, str], ...]) -> list[str]:
+    notes = [f"{path.name} is damaged ({reason}); the generation before it was used" for path, reason in skipped]
+    before = read_run(folder).runtime
+    for key, value in info.runtime.items():
+        if before.get(key) != value:
+            notes.append(f"{key} was {before.get(key)} when {RUN} was written and is {value} now: bits may differ")
+    return notes
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set the event; a second one ends the process as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+

@@ -1,0 +1,210 @@
+"""network reference + settings -> bundle folder: `edgelocal export` as one function."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from edgelocal import __version__
+from edgelocal.bundle import MANIFEST
+from edgelocal.errors import ExportError, UsageError
+from edgelocal.exporters.losses import LOSSES
+from edgelocal.exporters.onnx_step import ExportedGraph, forward_graph, head_graph, step_graph
+from edgelocal.exporters.optimizers import Optimizer
+from edgelocal.exporters.partition import Blocks, partition
+from edgelocal.exporters.rules import LocalBlock, build_blocks
+from edgelocal.exporters.units import check_composition, load_network
+from edgelocal.exporters.weights import load_weights
+from edgelocal.onnx_wire import compose
+from edgelocal.spec import (
+    AugmentSpec,
+    BlockSpec,
+    DefaultsSpec,
+    FileSpec,
+    GraphSpec,
+    InputSpec,
+    Manifest,
+    RuleSpec,
+    TaskSpec,
+    TensorSpec,
+    parse_manifest,
+    render_manifest,
+)
+from edgelocal.store import atomic_write, staging
+from edgelocal.tensors import Array, encode
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What the command line asks for."""
+
+    network: str
+    blocks: Blocks
+    rule: RuleSpec
+    input: InputSpec
+    task: TaskSpec
+    optimizer: Optimizer
+    augment: AugmentSpec
+    defaults: DefaultsSpec
+    weights: Path | None
+    partial_weights: bool
+    seed: int
+
+    def check(self) -> None:
+        """Raise UsageError for the first value out of range."""
+        if self.task.loss not in LOSSES:
+            raise UsageError(f"there is no loss {self.task.loss!r}; choose one of {', '.join(LOSSES)}")
+        if not 0 <= self.task.label_smoothing < 1:
+            raise UsageError(f"label smoothing is {self.task.label_smoothing}, expected 0 <= s < 1")
+        names = self.task.class_names
+        if names and len(names) != self.task.classes:
+            raise UsageError(f"{len(names)} class names for {self.task.classes} classes; give one a class")
+        if self.defaults.batch < 1 or self.defaults.epochs < 1:
+            raise UsageError(f"batch {self.defaults.batch} and epochs {self.defaults.epochs} must be at least 1")
+
+
+def export_bundle(request: ExportRequest, out: Path, say: Say) -> dict[str, Any]:
+    """Write the bundle folder `out`, all or nothing, and return what is in it.
+
+    Raises:
+        UsageError: a setting out of range, or `out` exists.
+        ExportError: the network cannot be exported; the message names the module.
+        StorageError: the disk refused a write.
+    """
+    request.check()
+    with staging(out) as folder:
+        return _write(request, folder, say)
+
+
+def _write(request: ExportRequest, folder: Path, say: Say) -> dict[str, Any]:
+    network = load_network(request.network, request.input.shape, request.task.classes, request.seed)
+    notes: list[str] = []
+    if request.weights is not None:
+        notes = load_weights(request.weights, network.module, partial=request.partial_weights).lines()
+        for note in notes:
+            say(note)
+    check_composition(network)
+    tail = _tail(request.rule.tail)
+    cut = partition(network, blocks=request.blocks, rule=request.rule.name, depth=request.rule.depth, tail=tail)
+    blocks = build_blocks(network, request.rule, cut, request.seed)
+    writer = _Writer(folder)
+    specs: list[BlockSpec] = []
+    shape, dtype = tuple(request.input.shape), getattr(torch, request.input.dtype)
+    for block in blocks:
+        say(f"block {block.name} of {len(blocks)}: {', '.join(block.unit_names)}")
+        spec = _write_block(writer, block, request, shape, dtype)
+        specs.append(spec)
+        shape = spec.step.outputs[0].shape[1:]  # type: ignore[assignment]  # only the first dimension is symbolic
+        dtype = getattr(torch, spec.step.outputs[0].dtype)
+    predict = _write_predict(writer, specs)
+    manifest = Manifest(
+        network=network.name,
+        seed=request.seed,
+        units=tuple(u.name for u in network.units),
+        rule=request.rule,
+        input=request.input,
+        task=request.task,
+        optimizer=request.optimizer.spec(),
+        augment=request.augment,
+        defaults=request.defaults,
+        blocks=tuple(specs),
+        predict=predict,
+        versions={"edgelocal": __version__, **{name: version(name) for name in ("torch", "onnx")}},
+        files=writer.files,
+    )
+    rendered = render_manifest(manifest)
+    parse_manifest(rendered)  # what no reader would accept must not be written
+    atomic_write(folder / MANIFEST, [rendered])
+    return summary(manifest) | {"weights": notes}
+
+
+def _tail(tail: str) -> Literal["merge", "all"]:
+    if tail == "merge":
+        return "merge"
+    if tail == "all":
+        return "all"
+    raise UsageError(f"there is no tail policy {tail!r}; choose merge or all")
+
+
+class _Writer:
+    """Writes the files of a bundle and remembers their sizes and digests."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, FileSpec] = {}
+
+    def write(self, name: str, chunks: Sequence[bytes | memoryview]) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        for chunk in chunks:
+            digest.update(chunk)
+        size = atomic_write(path, chunks)
+        self.files[name] = FileSpec(size, digest.hexdigest())
+
+    def graph(self, name: str, graph: ExportedGraph) -> GraphSpec:
+        self.write(name, [graph.model.SerializeToString(deterministic=True)])
+        return GraphSpec(name, graph.inputs, graph.outputs)
+
+
+def _write_block(
+    writer: _Writer, block: LocalBlock, request: ExportRequest, shape: tuple[int, ...], dtype: torch.dtype
+) -> BlockSpec:
+    place = f"blocks/{block.name}"
+    step = step_graph(block, request.task, request.optimizer, shape, dtype)
+    forward = forward_graph(block, shape, dtype)
+    output = step.output("h")
+    if output != forward.output("h"):
+        raise ExportError(
+            f"block {block.name} puts out {output.shape} in training and {forward.output('h').shape} in inference; "
+            "a unit must have one output shape"
+        )
+    head = None
+    if block.auxiliary is not None:
+        head = writer.graph(f"{place}/head.onnx", head_graph(block, output.shape[1:]))  # type: ignore[arg-type]  # static
+    weights = f"{place}/weights.safetensors"
+    writer.write(weights, encode(_initial(block, step.inputs)))
+    return BlockSpec(
+        name=block.name,
+        units=block.unit_names,
+        step=writer.graph(f"{place}/step.onnx", step),
+        forward=writer.graph(f"{place}/forward.onnx", forward),
+        head=head,
+        weights=weights,
+        masks=step.masks,
+    )
+
+
+def _initial(block: LocalBlock, inputs: Sequence[TensorSpec]) -> dict[str, Array]:
+    local = {name: key for key, name in block.tensor_names().items()}
+    state = block.state_dict()
+    return {
+        t.name: np.ascontiguousarray(state[local[t.name.partition("/")[2]]].numpy()).reshape(t.resolve(1))
+        for t in inputs
+        if t.kind in ("param", "buf")
+    }
+
+
+def _write_predict(writer: _Writer, blocks: Sequence[BlockSpec]) -> GraphSpec:
+    models = [(writer.folder / b.forward.file).read_bytes() for b in blocks]
+    writer.write("predict.onnx", [compose(models)])
+    weights = {t.name: t for b in blocks for t in b.forward.inputs[1:]}
+    output = blocks[-1].forward.outputs[0]
+    logits = TensorSpec("logits", output.shape, output.dtype)
+    return GraphSpec("predict.onnx", (blocks[0].forward.inputs[0], *weights.values()), (logits,))
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """What `export` and `inspect` print of a bundle."""
+    from edgelocal.inspect import describe_bundle
+
+    return describe_bundle(manifest)
