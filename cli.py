@@ -26,13 +26,17 @@ class _Command(click.Group):
             return super().invoke(context)
         except EdgelocalError as error:
             if "--json" in sys.argv:
-                click.echo(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+                click.echo(
+                    json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code})
+                )
             click.echo(f"edgelocal: {error}", err=True)
             sys.exit(error.exit_code)
 
 
 def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")(
+        command
+    )
 
 
 def _emit(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
@@ -66,10 +70,18 @@ def main() -> None:
 @click.option("--aux-depth", default=2, show_default=True, help="Largest depth of the auxiliary networks.")
 @click.option("--tau", default=0.5, show_default=True, help="How much shallower later auxiliaries are, 0 to 1.")
 @click.option("--tail", type=click.Choice(["merge", "all"]), default="merge", show_default=True)
-@click.option("--input", "input_shape", default="3x32x32", show_default=True, help="CxHxW or a length; int64:LENGTH for token ids.")
+@click.option(
+    "--input",
+    "input_shape",
+    default="3x32x32",
+    show_default=True,
+    help="CxHxW or a length; int64:LENGTH for token ids.",
+)
 @click.option("--classes", default=10, show_default=True)
 @click.option("--class-names", default="", help="Comma-separated, in the order of the outputs.")
-@click.option("--normalize", default="auto", show_default=True, help="auto, cifar, imagenet, none, or MEAN/STD with commas.")
+@click.option(
+    "--normalize", default="auto", show_default=True, help="auto, cifar, imagenet, none, or MEAN/STD with commas."
+)
 @click.option("--loss", type=click.Choice(["cross_entropy", "bce", "mse"]), default="cross_entropy", show_default=True)
 @click.option("--label-smoothing", default=0.0, show_default=True)
 @click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True)
@@ -123,12 +135,18 @@ def verify(bundle: Path, as_json: bool) -> None:
     from edgelocal.bundle import open_bundle, verify
 
     files = verify(open_bundle(bundle))
-    _emit({"bundle": str(bundle), "files": list(files), "whole": True}, as_json, f"{bundle}: {len(files)} files, all whole")
+    _emit(
+        {"bundle": str(bundle), "files": list(files), "whole": True},
+        as_json,
+        f"{bundle}: {len(files)} files, all whole",
+    )
 
 
 @main.command()
 @click.argument("bundle", type=FOLDER)
-@click.option("--data", type=FOLDER, required=True, help="Images by class folder or .zip, CIFAR binary, IDX, .npz, .npy.")
+@click.option(
+    "--data", type=FOLDER, required=True, help="Images by class folder or .zip, CIFAR binary, IDX, .npz, .npy."
+)
 @click.option("--val", "validation", type=FOLDER, help="Validation data.  [default: the test split of --data]")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run.")
 @click.option("--epochs", type=int, help="Epochs (of each block, when sequential).  [default: the bundle's]")
@@ -143,7 +161,9 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.option("--memory-budget", help="Bytes the process may hold: 256MiB, 1.5GB, 60%, auto.  [default: no limit]")
 @click.option("--resume", type=click.Choice(["auto", "never", "must"]), default="auto", show_default=True)
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Commit every so many steps.")
-@click.option("--checkpoint-seconds", type=float, default=300.0, show_default=True, help="Commit every so many seconds.")
+@click.option(
+    "--checkpoint-seconds", type=float, default=300.0, show_default=True, help="Commit every so many seconds."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="[default: the usable cores]")
 @click.option("--seed", default=0, show_default=True)
 @_json_option
@@ -199,7 +219,9 @@ def doctor(as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder for bundle, data, run and model.")
+@click.option(
+    "--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder for bundle, data, run and model."
+)
 @click.option("--memory-budget", default="256MiB", show_default=True)
 @_json_option
 def demo(out: Path, memory_budget: str, as_json: bool) -> None:
@@ -223,6 +245,6 @@ def _need_export_extra() -> None:
     missing = [name for name in ("torch", "onnx", "safetensors") if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"this needs {', '.join(missing)}, which is not installed: type  pip install \"edgelocal[export]\"  "
+            f'this needs {", ".join(missing)}, which is not installed: type  pip install "edgelocal[export]"  '
             "(exporting is for the workstation; training needs none of it)"
         )

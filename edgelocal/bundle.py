@@ -88,7 +88,9 @@ def verify(bundle: Bundle) -> tuple[str, ...]:
     present = {p.relative_to(bundle.folder).as_posix() for p in bundle.folder.rglob("*") if not p.is_dir()}
     extra = sorted(present - set(names) - {MANIFEST})
     if extra:
-        raise BundleError(f"{bundle.folder} holds files that {MANIFEST} does not list: {', '.join(extra[:5])}; remove them")
+        raise BundleError(
+            f"{bundle.folder} holds files that {MANIFEST} does not list: {', '.join(extra[:5])}; remove them"
+        )
     return names
 
 

@@ -50,9 +50,7 @@ class TrainConfig:
         if self.cache and self.schedule != "sequential":
             raise UsageError("--cache keeps outputs of frozen blocks, which only --schedule sequential has")
         if self.cache and self.augment:
-            raise UsageError(
-                "--cache would freeze each sample's augmentation: add --no-augment, or leave --cache out"
-            )
+            raise UsageError("--cache would freeze each sample's augmentation: add --no-augment, or leave --cache out")
 
     def all_hyper(self, manifest: Manifest) -> dict[str, float]:
         """The optimizer's hyper-parameters with the overrides."""

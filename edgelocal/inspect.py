@@ -17,7 +17,12 @@ def describe_bundle(manifest: Manifest) -> dict[str, Any]:
     """Everything `inspect --json` prints."""
     return {
         "network": manifest.network,
-        "rule": {"name": manifest.rule.name, "depth": manifest.rule.depth, "tau": manifest.rule.tau, "tail": manifest.rule.tail},
+        "rule": {
+            "name": manifest.rule.name,
+            "depth": manifest.rule.depth,
+            "tau": manifest.rule.tau,
+            "tail": manifest.rule.tail,
+        },
         "input": list(manifest.input.shape),
         "classes": manifest.task.classes,
         "class_names": list(manifest.task.class_names),

@@ -49,13 +49,20 @@ class Display:
     def __enter__(self) -> Display:
         self._started = self._last_line = time.monotonic()
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task("training", total=None, detail="")
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -80,7 +87,9 @@ class Display:
         scores = "  ".join(f"{name} {_score(values)}" for name, values in _ends(record["blocks"]))
         held = f"  validation {_score(record['validation'])}" if "validation" in record else ""
         stage = f"stage {record['stage'] + 1} " if len(trainer.stages) > 1 else ""
-        self.console.print(f"{stage}epoch {record['epoch']}: {scores}{held}  {record['seconds']:.1f} s", highlight=False)
+        self.console.print(
+            f"{stage}epoch {record['epoch']}: {scores}{held}  {record['seconds']:.1f} s", highlight=False
+        )
 
     def _where(self, trainer: Trainer) -> str:
         stage = trainer.stages[min(trainer.position.stage, len(trainer.stages) - 1)]
@@ -89,7 +98,9 @@ class Display:
 
     def _detail(self, trainer: Trainer) -> str:
         stage = trainer.stages[min(trainer.position.stage, len(trainer.stages) - 1)]
-        scores = {trainer.blocks[i].spec.name: trainer.measures[i].score.result(trainer.manifest.task) for i in stage.trained}
+        scores = {
+            trainer.blocks[i].spec.name: trainer.measures[i].score.result(trainer.manifest.task) for i in stage.trained
+        }
         shown = "  ".join(f"{name} {_score(values)}" for name, values in _ends(scores))
         rate = self._rate(trainer) * trainer.config.batch
         return f"{shown}  {rate:.0f} samples/s  peak {format_size(trainer.process_peak_bytes)}"
@@ -130,7 +141,7 @@ def report_table(report: dict[str, Any]) -> Table:
     metric = "absolute error" if report["loss"] == "mse" else "accuracy"
     table = Table(title=f"{report['network']}, rule {report['rule']}, {report['schedule']}", title_justify="left")
     table.add_column("block")
-    for name in ("local loss", metric, f"validation {metric}", "peak memory", "working set", "time"):
+    for name in ("local loss", metric, f"validation {metric}", "peak memory", "time"):
         table.add_column(name, justify="right")
     for block in report["blocks"]:
         training, held = block["training"] or {}, block["validation"] or {}
@@ -140,7 +151,6 @@ def report_table(report: dict[str, Any]) -> Table:
             _metric(training),
             _metric(held),
             format_size(block["peak_bytes"]),
-            format_size(block["working_set_bytes"]),
             f"{block['train_s']:.1f} s",
         )
     return table

@@ -1,9 +1,9 @@
 """A run on disk: the folder that `train` writes and `eval`, `finish` and `report` read.
 
-    run.json       bundle (path, digest), data, configuration, budget, runtime; written once
-    state/         checkpoints, two generations
-    metrics.jsonl  one line an epoch
-    report.json    what was reached and measured; written at the end
+run.json       bundle (path, digest), data, configuration, budget, runtime; written once
+state/         checkpoints, two generations
+metrics.jsonl  one line an epoch
+report.json    what was reached and measured; written at the end
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def read_run(folder: Path) -> RunInfo:
     try:
         raw = json.loads(path.read_bytes())
         if raw["format"] != FORMAT or raw["schema"] > SCHEMA:
-            raise CheckpointError(f"{path} has format {raw['format']} {raw['schema']}, this edgelocal reads {FORMAT} {SCHEMA}")
+            raise CheckpointError(
+                f"{path} has format {raw['format']} {raw['schema']}, this edgelocal reads {FORMAT} {SCHEMA}"
+            )
         config = TrainConfig(**raw["config"])
         known = {key: raw[key] for key in ("bundle", "bundle_digest", "data", "data_digest", "budget_bytes", "runtime")}
     except (ValueError, KeyError, TypeError) as error:
@@ -123,7 +125,9 @@ def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None) 
     info = read_run(folder)
     bundle = open_bundle(bundle_folder or Path(info.bundle))
     if bundle.digest != info.bundle_digest:
-        raise CheckpointError(f"{bundle.folder} is not the bundle that {folder} was trained from; give it with --bundle")
+        raise CheckpointError(
+            f"{bundle.folder} is not the bundle that {folder} was trained from; give it with --bundle"
+        )
     loaded = CheckpointStore(folder, writable=False).load(info.fingerprint)
     if loaded is None:
         raise CheckpointError(f"{folder} has no checkpoint yet; wait for the first, or train again")

@@ -287,7 +287,9 @@ def _check(manifest: Manifest) -> None:
     _expect(channels > 0, "manifest.input.shape", "a positive shape", manifest.input.shape)
     widths = {len(manifest.input.mean), len(manifest.input.std)}
     _expect(all(s > 0 for s in manifest.input.std), "manifest.input.std", "positive deviations", manifest.input.std)
-    _expect(manifest.input.dtype in ("float32", "int64"), "manifest.input.dtype", "float32 or int64", manifest.input.dtype)
+    _expect(
+        manifest.input.dtype in ("float32", "int64"), "manifest.input.dtype", "float32 or int64", manifest.input.dtype
+    )
     _expect(widths <= {1, channels}, "manifest.input", f"1 or {channels} means and deviations", widths)
 
 

@@ -59,13 +59,11 @@ def stages(schedule: str, blocks: int) -> tuple[Stage, ...]:
 class BlockMeasures:
     """What was measured of a block: training score of the current epoch, and over the run peak bytes and time.
 
-    `peak_bytes` is the process's peak while the block worked, `working_set_bytes` that peak above what was resident
-    when its step began.
+    `peak_bytes` is the peak of the whole process while the block worked.
     """
 
     score: Score = field(default_factory=Score)
     peak_bytes: int = 0
-    working_set_bytes: int = 0
     step_s: float = 0.0
     steps: int = 0
 
@@ -192,7 +190,6 @@ class Trainer:
         measures.step_s += time.perf_counter() - started
         measures.steps += 1
         measures.peak_bytes = max(measures.peak_bytes, meter.peak_bytes)
-        measures.working_set_bytes = max(measures.working_set_bytes, meter.growth_bytes)
         measures.score.add(samples, result.loss, result.metric)
         self.process_peak_bytes = max(self.process_peak_bytes, meter.peak_bytes)
         return result.h

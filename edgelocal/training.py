@@ -206,7 +206,6 @@ def make_report(trainer: Trainer, info: RunInfo, bundle: Bundle, notes: list[str
             "training": training.get(block.spec.name),
             "validation": scores[index] if scores else None,
             "peak_bytes": measures.peak_bytes,
-            "working_set_bytes": measures.working_set_bytes,
             "train_s": round(measures.step_s, 3),
             "steps": measures.steps,
         }
@@ -273,6 +272,3 @@ def _stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-

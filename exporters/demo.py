@@ -109,6 +109,8 @@ def _edgelocal(arguments: list[str], say: Say) -> dict[str, Any]:
         [sys.executable, "-m", "edgelocal", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode != 0:
-        raise UsageError(f"`edgelocal {' '.join(arguments)}` failed with exit code {done.returncode}; its message is above")
+        raise UsageError(
+            f"`edgelocal {' '.join(arguments)}` failed with exit code {done.returncode}; its message is above"
+        )
     result: dict[str, Any] = json.loads(done.stdout)
     return result

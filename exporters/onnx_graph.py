@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 OPSET = 18
 IR_VERSION = 8
 
+
 class UnsupportedOperatorError(Exception):
     """An operator that has no ONNX form here. `target` is its ATen name, `detail` what exactly is missing."""
 
@@ -163,7 +164,14 @@ class GraphBuilder:
         """`value` as dtype `target`; nothing where it already is."""
         return value if source == target else self.op("Cast", value, to=ONNX_DTYPES[target])
 
-    def slice(self, value: str, starts: Sequence[int], ends: Sequence[int], axes: Sequence[int], steps: Sequence[int] | None = None) -> str:
+    def slice(
+        self,
+        value: str,
+        starts: Sequence[int],
+        ends: Sequence[int],
+        axes: Sequence[int],
+        steps: Sequence[int] | None = None,
+    ) -> str:
         """Slice with constant bounds."""
         inputs = [value, self.ints(starts), self.ints(ends), self.ints(axes)]
         return self.op("Slice", *inputs, *([self.ints(steps)] if steps and set(steps) != {1} else []))
@@ -192,7 +200,11 @@ class GraphBuilder:
             return self.cast(number, torch.int64, dtype)
         if formula.is_number:
             return self.constant(np.asarray(float(formula)).astype(NUMPY_DTYPES[dtype]))
-        if formula.func.__name__ in ("ToFloat", "IntTrueDiv", "FloatTrueDiv", "FloorDiv", "CleanDiv") or formula.is_Add or formula.is_Mul:
+        if (
+            formula.func.__name__ in ("ToFloat", "IntTrueDiv", "FloatTrueDiv", "FloorDiv", "CleanDiv")
+            or formula.is_Add
+            or formula.is_Mul
+        ):
             parts = [self._number(a, dtype) for a in formula.args]
             kind = "Add" if formula.is_Add else "Mul" if formula.is_Mul else "Div"
             result = parts[0]

@@ -130,9 +130,7 @@ class _StepWriter:
     def _state(self) -> list[TensorSpec]:
         parameters = [_spec(f"param/{self.names[fqn]}", node) for fqn, node in self.parameters.items()]
         trained = [_spec(self.names[fqn], self.parameters[fqn]) for fqn in self.traced.gradients]
-        slots = [
-            TensorSpec(f"opt/{slot}/{t.name}", t.shape, t.dtype) for slot in self.optimizer.slots for t in trained
-        ]
+        slots = [TensorSpec(f"opt/{slot}/{t.name}", t.shape, t.dtype) for slot in self.optimizer.slots for t in trained]
         if self.optimizer.counts_steps:
             slots.append(TensorSpec(self.step_count, (), "float32"))
         return [*parameters, *slots, *(_spec(f"buf/{self.names[fqn]}", node) for fqn, node in self.buffers.items())]

@@ -45,7 +45,9 @@ class Optimizer:
 def sgd(momentum: float = 0.9, weight_decay: float = 1e-4, nesterov: bool = True) -> Optimizer:
     """Stochastic gradient descent with momentum and L2 weight decay on all parameters."""
 
-    def update(p: torch.Tensor, g: torch.Tensor, slots: Tensors, h: Tensors) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def update(
+        p: torch.Tensor, g: torch.Tensor, slots: Tensors, h: Tensors
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         g = g + h["weight_decay"] * p
         m = h["momentum"] * slots["momentum"] + g
         return p - h["lr"] * (g + h["momentum"] * m if nesterov else m), {"momentum": m}
@@ -56,13 +58,17 @@ def sgd(momentum: float = 0.9, weight_decay: float = 1e-4, nesterov: bool = True
         )
 
     name = "sgd-nesterov" if nesterov else "sgd"
-    return Optimizer(name, {"momentum": momentum, "weight_decay": weight_decay}, ("momentum",), False, update, reference)
+    return Optimizer(
+        name, {"momentum": momentum, "weight_decay": weight_decay}, ("momentum",), False, update, reference
+    )
 
 
 def adamw(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2) -> Optimizer:
     """Adam with decoupled weight decay."""
 
-    def update(p: torch.Tensor, g: torch.Tensor, slots: Tensors, h: Tensors) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def update(
+        p: torch.Tensor, g: torch.Tensor, slots: Tensors, h: Tensors
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         m = h["beta1"] * slots["m"] + (1 - h["beta1"]) * g
         v = h["beta2"] * slots["v"] + (1 - h["beta2"]) * g * g
         rate = h["lr"] / (1 - h["beta1"] ** h["step"])

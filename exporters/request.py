@@ -76,7 +76,9 @@ def parse_input(text: str) -> tuple[tuple[int, ...], str]:
     """ "3x32x32" -> ((3, 32, 32), "float32"); "int64:128" -> ((128,), "int64")."""
     match = re.fullmatch(r"(?:(int64|float32):)?(\d+(?:x\d+){0,3})", text)
     if match is None or "0" in match[2].split("x"):
-        raise UsageError(f"--input {text!r} is not a shape; write 3x32x32 for images, 64 for features, int64:128 for tokens")
+        raise UsageError(
+            f"--input {text!r} is not a shape; write 3x32x32 for images, 64 for features, int64:128 for tokens"
+        )
     return tuple(int(part) for part in match[2].split("x")), match[1] or "float32"
 
 
@@ -109,7 +111,11 @@ def parse_normalization(
             std = tuple(float(v) for v in deviations.split(","))
         except ValueError:
             known = ", ".join(NORMALIZATIONS)
-            raise UsageError(f"--normalize {text!r}: write auto, {known}, or MEAN,.../STD,... such as 0.5/0.25") from None
+            raise UsageError(
+                f"--normalize {text!r}: write auto, {known}, or MEAN,.../STD,... such as 0.5/0.25"
+            ) from None
     if not {len(mean), len(std)} <= {1, shape[0]} or min(std) <= 0:
-        raise UsageError(f"--normalize gives {len(mean)} means and {len(std)} deviations > 0; the input has {shape[0]} channels")
+        raise UsageError(
+            f"--normalize gives {len(mean)} means and {len(std)} deviations > 0; the input has {shape[0]} channels"
+        )
     return mean, std

@@ -43,12 +43,16 @@ def load_weights(path: Path, module: nn.Module, *, partial: bool) -> Mismatch:
     missing = tuple(n for n in expected if n not in found and not n.endswith("num_batches_tracked"))
     unexpected = tuple(n for n in found if n not in expected)
     shapes = tuple(
-        (n, tuple(t.shape), tuple(expected[n].shape)) for n, t in found.items() if n in expected and t.shape != expected[n].shape
+        (n, tuple(t.shape), tuple(expected[n].shape))
+        for n, t in found.items()
+        if n in expected and t.shape != expected[n].shape
     )
     mismatch = Mismatch(missing, unexpected, shapes)
     if mismatch.lines() and not partial:
         raise ExportError(
-            f"{path} does not fit the network:\n  " + "\n  ".join(mismatch.lines()) + "\ngive --partial-weights to take what fits"
+            f"{path} does not fit the network:\n  "
+            + "\n  ".join(mismatch.lines())
+            + "\ngive --partial-weights to take what fits"
         )
     wrong = {name for name, _, _ in shapes}
     fitting = {n: t for n, t in found.items() if n in expected and n not in wrong}

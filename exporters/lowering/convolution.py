@@ -41,7 +41,9 @@ class Geometry(NamedTuple):
     groups: int
 
 
-def _geometry(x: Value, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
+def _geometry(
+    x: Value, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Geometry:
     rank = x.rank - 2
 
     def full(values: Sequence[int]) -> tuple[int, ...]:
@@ -101,7 +103,9 @@ def convolution_backward(
 
 
 def _transposed_input_gradient(b: GraphBuilder, grad: Value, weight: Value, g: Geometry) -> str:
-    return b.op("Conv", grad.name, weight.name, strides=g.stride, pads=g.padding * 2, dilations=g.dilation, group=g.groups)
+    return b.op(
+        "Conv", grad.name, weight.name, strides=g.stride, pads=g.padding * 2, dilations=g.dilation, group=g.groups
+    )
 
 
 def _input_gradient(b: GraphBuilder, grad: Value, x: Value, weight: Value, g: Geometry) -> str:
@@ -154,7 +158,9 @@ def weight_gradient(b: GraphBuilder, x: Value, grad: Value, weight: Value, g: Ge
     depthwise = channels == 1 and out == g.groups
     lines = _Lines.of(b, x, grad, kernel, g, merged)
     taps = [_tap(b, lines, offset, merged, depthwise) for offset in itertools.product(*(range(k) for k in kernel))]
-    stacked = taps[0] if len(taps) == 1 else b.op("Concat", *(b.op("Unsqueeze", t, b.ints([-1])) for t in taps), axis=-1)
+    stacked = (
+        taps[0] if len(taps) == 1 else b.op("Concat", *(b.op("Unsqueeze", t, b.ints([-1])) for t in taps), axis=-1)
+    )
     return b.reshape(stacked, [out, channels, *kernel])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from edgelocal.exporters.lowering.registry import UnsupportedOperatorError, lowers
-from edgelocal.exporters.onnx_graph import GraphBuilder, fixed, Scalar, Value
+from edgelocal.exporters.onnx_graph import GraphBuilder, Scalar, Value, fixed
 
 aten = torch.ops.aten
 

@@ -18,11 +18,15 @@ def matmul(b: GraphBuilder, node: fx.Node, x: Value, y: Value) -> str:
 
 
 @lowers(aten.addmm.default)
-def addmm(b: GraphBuilder, node: fx.Node, bias: Value, x: Value, y: Value, *, beta: Scalar = 1, alpha: Scalar = 1) -> str:
+def addmm(
+    b: GraphBuilder, node: fx.Node, bias: Value, x: Value, y: Value, *, beta: Scalar = 1, alpha: Scalar = 1
+) -> str:
     return b.op("Gemm", x.name, y.name, bias.name, alpha=float(alpha), beta=float(beta))
 
 
 @lowers(aten.baddbmm.default)
-def baddbmm(b: GraphBuilder, node: fx.Node, bias: Value, x: Value, y: Value, *, beta: Scalar = 1, alpha: Scalar = 1) -> str:
+def baddbmm(
+    b: GraphBuilder, node: fx.Node, bias: Value, x: Value, y: Value, *, beta: Scalar = 1, alpha: Scalar = 1
+) -> str:
     product = b.op("Mul", b.op("MatMul", x.name, y.name), operand(b, alpha, x.dtype))
     return b.op("Add", product, b.op("Mul", bias.name, operand(b, beta, x.dtype)))

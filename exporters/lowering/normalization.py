@@ -69,7 +69,14 @@ def batch_norm(
 
 @lowers(aten._native_batch_norm_legit.no_stats)
 def batch_norm_no_stats(
-    b: GraphBuilder, node: fx.Node, x: Value, weight: Value | None, bias: Value | None, training: bool, momentum: float, eps: float
+    b: GraphBuilder,
+    node: fx.Node,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    training: bool,
+    momentum: float,
+    eps: float,
 ) -> tuple[str, ...]:
     mean, var = _moments(b, x)
     rstd = _rstd(b, var, eps, x.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from edgelocal.exporters.lowering.registry import UnsupportedOperatorError, lowers
-from edgelocal.exporters.onnx_graph import GraphBuilder, fixed, Value
+from edgelocal.exporters.onnx_graph import GraphBuilder, Value, fixed
 
 aten = torch.ops.aten
 
@@ -47,9 +47,7 @@ def max_pool(
 
 
 @lowers(aten.max_pool2d_with_indices_backward.default)
-def max_pool_backward(
-    b: GraphBuilder, node: fx.Node, grad: Value, x: Value, *geometry: Any, **rest: Any
-) -> str:
+def max_pool_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value, *geometry: Any, **rest: Any) -> str:
     """Add each gradient to the place its maximum came from, on the flat batch."""
     indices: Value = geometry[-1]
     flat = b.ints([-1])

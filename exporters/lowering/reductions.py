@@ -28,12 +28,16 @@ def _reduce(kind: str, b: GraphBuilder, node: fx.Node, x: Value, dims: Any, keep
 
 
 @lowers(aten.sum.default, aten.sum.dim_IntList)
-def sum_(b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> str:
+def sum_(
+    b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> str:
     return _reduce("ReduceSum", b, node, x, dims, keepdim)
 
 
 @lowers(aten.mean.default, aten.mean.dim)
-def mean(b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> str:
+def mean(
+    b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> str:
     return _reduce("ReduceMean", b, node, x, dims, keepdim)
 
 
@@ -48,7 +52,9 @@ def amin(b: GraphBuilder, node: fx.Node, x: Value, dims: Any = (), keepdim: bool
 
 
 @lowers(aten.prod.default, aten.prod.dim_int)
-def prod(b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> str:
+def prod(
+    b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> str:
     return _reduce("ReduceProd", b, node, x, dims, keepdim)
 
 
@@ -85,7 +91,9 @@ def var_mean(
 
 
 @lowers(aten.var.correction)
-def var(b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> str:
+def var(
+    b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, *, correction: Any = None, keepdim: bool = False
+) -> str:
     return var_mean(b, node, x, dims, correction=correction, keepdim=keepdim)[0]
 
 

@@ -79,7 +79,9 @@ def stack(b: GraphBuilder, node: fx.Node, tensors: Sequence[Value], dim: int = 0
 
 
 @lowers(aten.slice.Tensor)
-def slice_(b: GraphBuilder, node: fx.Node, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str:
+def slice_(
+    b: GraphBuilder, node: fx.Node, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> str:
     axis = dim % x.rank
     if start in (None, 0) and step == 1 and expression(_shape(node)[axis]) == expression(x.shape[axis]):
         return x.name
@@ -88,13 +90,22 @@ def slice_(b: GraphBuilder, node: fx.Node, x: Value, dim: int = 0, start: Any = 
 
 
 @lowers(aten.slice_backward.default)
-def slice_backward(b: GraphBuilder, node: fx.Node, grad: Value, sizes: Any, dim: int, start: int, end: int, step: int) -> str:
+def slice_backward(
+    b: GraphBuilder, node: fx.Node, grad: Value, sizes: Any, dim: int, start: int, end: int, step: int
+) -> str:
     return slice_scatter(b, node, None, grad, dim, start, end, step)
 
 
 @lowers(aten.slice_scatter.default)
 def slice_scatter(
-    b: GraphBuilder, node: fx.Node, x: Value | None, source: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+    b: GraphBuilder,
+    node: fx.Node,
+    x: Value | None,
+    source: Value,
+    dim: int = 0,
+    start: Any = None,
+    end: Any = None,
+    step: int = 1,
 ) -> str:
     """Write `source` into a slice; into zeros (the gradient of a slice) this is a Pad."""
     shape = _shape(node)
@@ -144,7 +155,8 @@ def split(b: GraphBuilder, node: fx.Node, x: Value, sizes: Any, dim: int = 0) ->
 def unbind(b: GraphBuilder, node: fx.Node, x: Value, dim: int = 0) -> tuple[str, ...]:
     axis = dim % x.rank
     return tuple(
-        b.op("Gather", x.name, b.constant(np.asarray(i, dtype=np.int64)), axis=axis) for i in range(fixed(x.shape[axis]))
+        b.op("Gather", x.name, b.constant(np.asarray(i, dtype=np.int64)), axis=axis)
+        for i in range(fixed(x.shape[axis]))
     )
 
 
