@@ -148,6 +148,7 @@ def verify(bundle: Path, as_json: bool) -> None:
     "--data", type=FOLDER, required=True, help="Images by class folder or .zip, CIFAR binary, IDX, .npz, .npy."
 )
 @click.option("--val", "validation", type=FOLDER, help="Validation data.  [default: the test split of --data]")
+@click.option("--val-every", type=click.IntRange(min=0), default=1, show_default=True, help="Epochs; 0: at the end.")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run.")
 @click.option("--epochs", type=int, help="Epochs (of each block, when sequential).  [default: the bundle's]")
 @click.option("--batch", type=int, help="[default: the bundle's]")

@@ -55,8 +55,8 @@ class Bundle:
             if found is None or found.shape != spec.shape or found.dtype.name != spec.dtype:
                 has = "nothing" if found is None else f"{found.dtype.name}{list(found.shape)}"
                 raise BundleError(
-                    f"{self.folder / block.weights}: {spec.name} should be {spec.dtype}{list(spec.shape)}, found {has}; "
-                    "export the bundle again"
+                    f"{self.folder / block.weights}: {spec.name} should be {spec.dtype}{list(spec.shape)}, found "
+                    f"{has}; export the bundle again"
                 )
         return tensors
 
@@ -99,7 +99,8 @@ def _checked(path: Path, expected: FileSpec) -> bytes:
     found = hashlib.sha256(data).hexdigest()
     if found != expected.sha256:
         raise BundleError(
-            f"{path} is damaged: its sha256 is {found[:12]}..., {MANIFEST} says {expected.sha256[:12]}...; copy the bundle again"
+            f"{path} is damaged: its sha256 is {found[:12]}..., {MANIFEST} says {expected.sha256[:12]}...; "
+            "copy the bundle again"
         )
     return data
 
@@ -119,6 +120,7 @@ def _read(path: Path, size: int, exact: bool = False) -> bytes:
         wrong = status.st_size != size if exact else status.st_size > size
         if wrong:
             raise BundleError(
-                f"{path} has {status.st_size} bytes, expected {'' if exact else 'at most '}{size}; copy the bundle again"
+                f"{path} has {status.st_size} bytes, expected {'' if exact else 'at most '}{size}; "
+                "copy the bundle again"
             )
         return file.read(size)

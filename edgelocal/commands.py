@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from edgelocal.data import has_split, open_dataset
+from edgelocal.data import Split, has_split, open_dataset
 from edgelocal.device import describe
 from edgelocal.doctor import examine, installed_packages
 from edgelocal.evaluate import evaluate
@@ -19,8 +19,8 @@ def evaluate_run(run: Path, data: Path, bundle: Path | None, batch: int | None, 
     """Scores of a run on the test split of `data`, or on all of it."""
     info, opened, blocks = open_trained(run, threads or describe().cores, bundle)
     manifest = opened.manifest
-    split = "test" if has_split(data, "test") else "train"
-    dataset = open_dataset(data, "test" if split == "test" else "train", manifest.input, manifest.task)
+    split: Split = "test" if has_split(data, "test") else "train"
+    dataset = open_dataset(data, split, manifest.input, manifest.task)
     scores = evaluate(blocks, dataset, manifest, batch or info.config.batch, exits=True)
     exits = [{"block": block.spec.name, **score} for block, score in zip(blocks, scores, strict=True)]
     return {"run": str(run), "data": dataset.source, "samples": len(dataset), **scores[-1], "exits": exits}

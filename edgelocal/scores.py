@@ -12,7 +12,7 @@ from edgelocal.tensors import Array
 
 @dataclass
 class Score:
-    """Sums over samples. `right` counts right predictions (cross_entropy), right decisions (bce), or adds absolute errors."""
+    """Sums over samples. `right` counts right predictions or decisions; for mse it adds absolute errors."""
 
     samples: int = 0
     loss_sum: float = 0.0

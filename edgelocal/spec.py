@@ -13,7 +13,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from edgelocal.errors import BundleError
 
@@ -25,8 +25,6 @@ MAX_RANK = 8
 MAX_NAME = 256
 DTYPES = ("float32", "int64", "bool")
 BATCH = "N"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -207,30 +205,30 @@ def parse_manifest(data: bytes) -> Manifest:
             f"this bundle has schema {schema}, this edgelocal reads up to {SCHEMA}: upgrade edgelocal on the device, "
             "or export with a matching version"
         )
-    manifest = decode(Manifest, raw, "manifest")
+    manifest: Manifest = decode(Manifest, raw, "manifest")
     _check(manifest)
     return manifest
 
 
-def decode(kind: type[T], raw: Any, where: str) -> T:
+def decode(kind: Any, raw: Any, where: str) -> Any:
     """Strict conversion of parsed JSON to `kind` (a dataclass, tuple, dict, union or scalar type)."""
     origin = typing.get_origin(kind)
     arguments = typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, raw, where)  # type: ignore[return-value]  # mypy loses T behind is_dataclass
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, raw, where)
     if origin in (typing.Union, types.UnionType):
-        return _decode_union(arguments, raw, where)  # type: ignore[no-any-return]  # one of the union's members
+        return _decode_union(arguments, raw, where)
     if origin is tuple:
         _expect(isinstance(raw, list), where, "a list", raw)
-        return tuple(decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(raw))  # type: ignore[return-value]
+        return tuple(decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
     if origin is dict:
         _expect(isinstance(raw, dict), where, "an object", raw)
-        return {key: decode(arguments[1], value, f"{where}.{key}") for key, value in raw.items()}  # type: ignore[return-value]
+        return {key: decode(arguments[1], value, f"{where}.{key}") for key, value in raw.items()}
     if kind is float:
         _expect(type(raw) in (int, float) and math.isfinite(raw), where, "a finite number", raw)
-        return float(raw)  # type: ignore[return-value]
+        return float(raw)
     _expect(type(raw) is kind, where, kind.__name__, raw)
-    return raw  # type: ignore[no-any-return]
+    return raw
 
 
 def _decode_dataclass(kind: type[Any], raw: Any, where: str) -> Any:

@@ -85,7 +85,10 @@ class Watcher(Protocol):
 
 
 class Trainer:
-    """A run in memory: blocks, data and position. `run` trains to the end or raises."""
+    """A run in memory: blocks, data and position. `run` trains to the end or raises.
+
+    `validate_every` counts epochs; 0 leaves validation to the end of the run.
+    """
 
     def __init__(
         self,
@@ -95,6 +98,7 @@ class Trainer:
         train: Dataset,
         validation: Dataset | None,
         *,
+        validate_every: int = 1,
         budget_bytes: int | None = None,
         position: Position | None = None,
         cache_folder: Path | None = None,
@@ -104,6 +108,7 @@ class Trainer:
         self.blocks = tuple(blocks)
         self.train = train
         self.validation = validation
+        self.validate_every = validate_every
         self.budget_bytes = budget_bytes
         self.position = position or Position()
         self.measures = [BlockMeasures() for _ in blocks]
@@ -238,7 +243,7 @@ class Trainer:
             "seconds": round(seconds, 3),
             "blocks": {self.blocks[i].spec.name: self.measures[i].score.result(task) for i in stage.trained},
         }
-        if self.validation is not None:
+        if self.validation is not None and self.validate_every and (epoch + 1) % self.validate_every == 0:
             upto = stage.trained[-1]
             scores = evaluate(self.blocks[: upto + 1], self.validation, self.manifest, self.config.batch, exits=False)
             record["validation"] = scores[-1]

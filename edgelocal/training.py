@@ -15,7 +15,7 @@ from typing import Any
 from edgelocal.budget import format_size, parse_budget, rss_bytes
 from edgelocal.bundle import Bundle, open_bundle
 from edgelocal.config import TrainConfig
-from edgelocal.data import has_split, open_dataset
+from edgelocal.data import Split, has_split, open_dataset
 from edgelocal.device import describe
 from edgelocal.errors import BudgetError, UsageError
 from edgelocal.evaluate import evaluate
@@ -42,6 +42,7 @@ class TrainRequest:
     checkpoint_steps: int | None
     checkpoint_s: float
     threads: int | None
+    validate_every: int
 
 
 def make_request(
@@ -65,6 +66,7 @@ def make_request(
     checkpoint_seconds: float,
     threads: int | None,
     seed: int,
+    val_every: int,
 ) -> TrainRequest:
     """The request of the command line, with the bundle's defaults for what it leaves out."""
     defaults = open_bundle(bundle).manifest.defaults
@@ -82,7 +84,7 @@ def make_request(
     )
     budget = None if memory_budget is None else parse_budget(memory_budget, describe().effective_bytes)
     return TrainRequest(
-        bundle, data, validation, out, config, budget, resume, checkpoint_steps, checkpoint_seconds, threads
+        bundle, data, validation, out, config, budget, resume, checkpoint_steps, checkpoint_seconds, threads, val_every
     )
 
 
@@ -138,6 +140,7 @@ def _train_locked(
         blocks,
         data,
         validation,
+        validate_every=request.validate_every,
         budget_bytes=request.budget_bytes,
         cache_folder=request.out / "cache",
     )
@@ -159,7 +162,7 @@ def open_data(path: Path, validation: Path | None, manifest: Manifest) -> tuple[
     """Training and validation data; the validation defaults to the test split of `path`, if it has one."""
     data = open_dataset(path, "train", manifest.input, manifest.task)
     if validation is not None:
-        split = "test" if has_split(validation, "test") else "train"
+        split: Split = "test" if has_split(validation, "test") else "train"
         return data, open_dataset(validation, split, manifest.input, manifest.task)
     if has_split(path, "test"):
         return data, open_dataset(path, "test", manifest.input, manifest.task)
@@ -238,8 +241,8 @@ def _check_fit(bundle: Bundle, budget: int | None) -> None:
     if need > budget:
         raise BudgetError(
             f"the idle process ({format_size(rss_bytes())}) and the state of the blocks ({format_size(state)}) need "
-            f"{format_size(need)} before the first step, the budget is {format_size(budget)}; raise --memory-budget, or "
-            "export a smaller network or shallower auxiliaries"
+            f"{format_size(need)} before the first step, the budget is {format_size(budget)}; raise --memory-budget, "
+            "or export a smaller network or shallower auxiliaries"
         )
 
 
@@ -263,7 +266,7 @@ def _stop_signals() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, handle)

@@ -39,7 +39,7 @@ ONNX_DTYPES = {
     torch.uint8: TensorProto.UINT8,
     torch.bool: TensorProto.BOOL,
 }
-NUMPY_DTYPES = {
+NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
     torch.int64: np.dtype(np.int64),
@@ -229,8 +229,7 @@ class GraphBuilder:
         constants = [tensor for key, tensor in self.initializers.items() if key in needed]
         graph = helper.make_graph(kept[::-1], name, list(inputs), list(outputs), initializer=constants)
         opset = [helper.make_opsetid("", OPSET)]
-        model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="edgelocal")
-        return model
+        return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="edgelocal")
 
 
 def value_info(name: str, shape: Sequence[int | str], dtype: torch.dtype) -> onnx.ValueInfoProto:

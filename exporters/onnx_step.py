@@ -164,7 +164,9 @@ class _StepWriter:
         return spec
 
     def _node(self, placeholder: str) -> fx.Node:
-        return next(n for n in self.traced.graph.nodes if n.op == "placeholder" and n.name == placeholder)
+        nodes = self.traced.graph.nodes
+        found: fx.Node = next(n for n in nodes if n.op == "placeholder" and n.name == placeholder)
+        return found
 
 
 def _trace_update(optimizer: Optimizer) -> fx.Graph:

@@ -91,10 +91,8 @@ def make_optimizer(name: str, momentum: float | None, weight_decay: float | None
     for label, value in (("momentum", momentum), ("weight decay", weight_decay)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ExportError(f"{label} is {value}; give a finite number of at least 0")
-    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     if name == "sgd":
-        push = {} if momentum is None else {"momentum": momentum}
-        return sgd(**push, **decay, nesterov=nesterov)
+        return sgd(0.9 if momentum is None else momentum, 1e-4 if weight_decay is None else weight_decay, nesterov)
     if name == "adamw":
-        return adamw(**decay)
+        return adamw(weight_decay=1e-2 if weight_decay is None else weight_decay)
     raise ExportError(f"there is no optimizer {name!r}; choose sgd or adamw")

@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -49,7 +50,7 @@ class Batch:
     def __init__(self) -> None:
         self.environment = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.environment, allow_non_fake_inputs=True)
-        context: StatelessSymbolicContext[..., ...] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         self.size = self.mode.from_tensor(torch.empty(EXAMPLE_BATCH), symbolic_context=context).shape[0]
         self.symbol = expression(self.size)  # kept: once specialised, the size itself no longer shows it
 
@@ -80,7 +81,7 @@ def trace(module: nn.Module, inputs: Sequence[torch.Tensor], batch: Batch, *, jo
     parameters = [name for name, p in module.named_parameters() if p.requires_grad]
     try:
         with _tracing(), batch.mode:
-            exported, signature = aot_export_module(
+            traced = aot_export_module(
                 module,
                 tuple(inputs),
                 trace_joint=joint,
@@ -90,6 +91,8 @@ def trace(module: nn.Module, inputs: Sequence[torch.Tensor], batch: Batch, *, jo
     except Exception as error:
         raise ExportError(f"PyTorch cannot trace {type(module).__name__}: {_first_lines(error)}") from error
     batch.check(type(module).__name__)
+    exported: Any = traced[0]  # typed as a callable, is a GraphModule
+    signature = traced[1]
     outputs = list(next(n for n in exported.graph.nodes if n.op == "output").args[0])
     buffers = list(signature.buffers_to_mutate.values())
     split = len(outputs) - (len(parameters) if joint else 0)

@@ -29,6 +29,8 @@ from edgelocal.exporters.lowering import (
 from edgelocal.exporters.lowering.registry import REGISTRY, UnsupportedOperatorError
 from edgelocal.exporters.onnx_graph import GraphBuilder, Value
 
+__all__ = ["UnsupportedOperatorError", "decompositions", "lower"]
+
 FAMILIES = (convolution, indexing, linear, normalization, pointwise, pooling, reductions, shapes)
 
 aten = torch.ops.aten
@@ -90,8 +92,8 @@ def _lower_node(node: fx.Node, builder: GraphBuilder, done: Mapping[fx.Node, Any
     value = node.meta.get("val")
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
         return value  # a size: the builder knows its formula, it needs no node
-    args = fx.map_arg(node.args, lambda n: done[n])
-    kwargs = fx.map_arg(node.kwargs, lambda n: done[n])
+    args: Any = fx.map_arg(node.args, lambda n: done[n])
+    kwargs: Any = fx.map_arg(node.kwargs, lambda n: done[n])
     if node.target is operator.getitem:
         return args[0][args[1]]
     if node.target not in REGISTRY:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -68,7 +68,7 @@ def convolution(
 ) -> str:
     g = _geometry(x, stride, padding, dilation, groups)
     inputs = [x.name, weight.name] + ([bias.name] if bias is not None else [])
-    shared = dict(strides=g.stride, pads=g.padding * 2, dilations=g.dilation, group=groups)
+    shared: dict[str, Any] = {"strides": g.stride, "pads": g.padding * 2, "dilations": g.dilation, "group": groups}
     if not transposed:
         return b.op("Conv", *inputs, **shared)
     extra = list(_geometry(x, output_padding, [0], [1], 1).stride)

@@ -77,7 +77,7 @@ def index_put(
 
 
 def _stacked(b: GraphBuilder, node: fx.Node, indices: Sequence[Value]) -> str:
-    shape = torch.broadcast_shapes(*(i.shape for i in indices))  # type: ignore[arg-type]  # sizes may be symbolic
+    shape = torch.broadcast_shapes(*(i.shape for i in indices))  # type: ignore[no-untyped-call]  # untyped in torch
     wide = [i.name if tuple(i.shape) == tuple(shape) else b.op("Expand", i.name, b.shape(shape)) for i in indices]
     return b.op("Concat", *(b.op("Unsqueeze", w, b.ints([-1])) for w in wide), axis=-1)
 

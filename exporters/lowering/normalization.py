@@ -36,7 +36,7 @@ def _per_channel(b: GraphBuilder, x: Value, vector: str) -> str:
 
 
 def _count(x: Value) -> Dim:
-    return math.prod([x.shape[a] for a in _axes(x)])  # type: ignore[no-any-return, type-var, return-value]  # symbolic
+    return math.prod([x.shape[a] for a in _axes(x)])
 
 
 @lowers(aten._native_batch_norm_legit_functional.default)
@@ -110,19 +110,17 @@ def batch_norm_backward(
     grad: Value,
     x: Value,
     weight: Value | None,
-    running_mean: Value | None,
-    running_var: Value | None,
-    save_mean: Value | None,
-    save_rstd: Value | None,
+    running_mean: Value,
+    running_var: Value,
+    save_mean: Value,
+    save_rstd: Value,
     train: bool,
     eps: float,
     wanted: Any,
 ) -> tuple[str | None, ...]:
     if train:
-        assert save_mean is not None and save_rstd is not None  # the forward pass always saves them
         mean, rstd = save_mean.name, save_rstd.name
     else:
-        assert running_mean is not None and running_var is not None
         mean, rstd = running_mean.name, _rstd(b, running_var.name, eps, x.dtype)
     centred = b.op("Sub", x.name, _per_channel(b, x, mean))
     db = b.reduce("ReduceSum", grad.name, _axes(x))

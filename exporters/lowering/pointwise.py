@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from edgelocal.exporters.lowering.registry import UnsupportedOperatorError, lowers
+from edgelocal.exporters.lowering.registry import Result, UnsupportedOperatorError, lowers
 from edgelocal.exporters.onnx_graph import GraphBuilder, Scalar, Value
 
 aten = torch.ops.aten
@@ -117,7 +117,7 @@ def sub(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand, alpha: Scalar = 
 
 
 @lowers(aten.rsub.Scalar, aten.rsub.Tensor)
-def rsub(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand, alpha: Scalar = 1) -> str:
+def rsub(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand, alpha: Scalar = 1) -> Result:
     return sub(b, node, y, x, alpha)
 
 
@@ -181,7 +181,7 @@ def masked_fill(b: GraphBuilder, node: fx.Node, x: Value, mask: Value, value: Op
 
 
 def masked(b: GraphBuilder, grad: str, condition: str, dtype: torch.dtype) -> str:
-    """grad where the condition holds, else 0. A cast and a product: measured faster than Where on ONNX Runtime's CPU."""
+    """grad where the condition holds, else 0: a cast and a product, faster than Where on ONNX Runtime's CPU."""
     return b.op("Mul", grad, b.cast(condition, torch.bool, dtype))
 
 

@@ -51,7 +51,7 @@ def max_pool_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value, *ge
     """Add each gradient to the place its maximum came from, on the flat batch."""
     indices: Value = geometry[-1]
     flat = b.ints([-1])
-    zeros = b.op("Expand", b.scalar(0.0, grad.dtype), b.shape([math.prod(x.shape)]))  # type: ignore[type-var, list-item]
+    zeros = b.op("Expand", b.scalar(0.0, grad.dtype), b.shape([math.prod(x.shape)]))
     places = b.op("Reshape", indices.name, flat)
     total = b.op("ScatterElements", zeros, places, b.op("Reshape", grad.name, flat), axis=0, reduction="add")
     return b.reshape(total, x.shape)

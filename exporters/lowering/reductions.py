@@ -76,25 +76,29 @@ def max_dim(b: GraphBuilder, node: fx.Node, x: Value, dim: int, keepdim: bool = 
     return b.reduce("ReduceMax", x.name, [axis], keepdim), b.op("ArgMax", x.name, axis=axis, keepdims=int(keepdim))
 
 
+def _moments(b: GraphBuilder, x: Value, dims: Any, correction: Any, keepdim: bool) -> tuple[str, str]:
+    """(variance, mean). Two passes, sum (x - mean)^2: one pass (E x^2 - mean^2) loses the variance far from zero."""
+    axes = _axes(x, dims)
+    average = b.reduce("ReduceMean", x.name, axes, keepdims=True)
+    centred = b.op("Sub", x.name, average)
+    count = math.prod(x.shape[a] for a in axes)
+    total = b.reduce("ReduceSum", b.op("Mul", centred, centred), axes, keepdim)
+    variance = b.op("Div", total, b.scalar(count - (1 if correction is None else correction), x.dtype))
+    return variance, average if keepdim else b.op("Squeeze", average, b.ints(axes))
+
+
 @lowers(aten.var_mean.correction)
 def var_mean(
     b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, *, correction: Any = None, keepdim: bool = False
 ) -> tuple[str, str]:
-    """Two passes, sum (x - mean)^2: one pass (E x^2 - mean^2) loses the variance of values far from zero."""
-    axes = _axes(x, dims)
-    average = b.reduce("ReduceMean", x.name, axes, keepdims=True)
-    centred = b.op("Sub", x.name, average)
-    count = math.prod(x.shape[a] for a in axes)  # type: ignore[misc]  # sizes may be symbolic
-    total = b.reduce("ReduceSum", b.op("Mul", centred, centred), axes, keepdim)
-    variance = b.op("Div", total, b.scalar(count - (1 if correction is None else correction), x.dtype))
-    return variance, average if keepdim else b.op("Squeeze", average, b.ints(axes))
+    return _moments(b, x, dims, correction, keepdim)
 
 
 @lowers(aten.var.correction)
 def var(
     b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, *, correction: Any = None, keepdim: bool = False
 ) -> str:
-    return var_mean(b, node, x, dims, correction=correction, keepdim=keepdim)[0]
+    return _moments(b, x, dims, correction, keepdim)[0]
 
 
 @lowers(aten._softmax.default)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from edgelocal.exporters.lowering.pointwise import operand, result_dtype
-from edgelocal.exporters.lowering.registry import UnsupportedOperatorError, lowers
+from edgelocal.exporters.lowering.registry import Result, UnsupportedOperatorError, lowers
 from edgelocal.exporters.onnx_graph import Dim, GraphBuilder, Scalar, Value, expression, fixed
 
 aten = torch.ops.aten
@@ -92,7 +92,7 @@ def slice_(
 @lowers(aten.slice_backward.default)
 def slice_backward(
     b: GraphBuilder, node: fx.Node, grad: Value, sizes: Any, dim: int, start: int, end: int, step: int
-) -> str:
+) -> Result:
     return slice_scatter(b, node, None, grad, dim, start, end, step)
 
 
