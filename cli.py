@@ -44,9 +44,9 @@ def _emit(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
     if as_json:
         click.echo(json.dumps(result, sort_keys=True))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for part in shown:
-        console.print(part)
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 @click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -174,7 +174,7 @@ def train(as_json: bool, **options: Any) -> None:
     from edgelocal.training import make_request, train
 
     request = make_request(**options)
-    report = train(request, Display(Console(stderr=True, highlight=False)))
+    report = train(request, Display(Console(stderr=True, highlight=False, markup=False)))
     _emit(report, as_json, report_table(report), closing_line(report))
 
 
@@ -238,7 +238,7 @@ def demo(out: Path, memory_budget: str, as_json: bool) -> None:
 
 def _say(as_json: bool) -> Callable[[str], None]:
     """Where commands tell what they are doing: stderr, or nowhere with --json."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     return (lambda text: None) if as_json else console.print
 
 

@@ -42,7 +42,7 @@ class Block:
         graph = self._graph("step")
         feeds = {"x": x, "y": y, **self._state}
         feeds |= {name: Tensor.of(np.asarray(value, dtype=np.float32)) for name, value in hyper.items()}
-        feeds |= self._masks(graph, len(x.array()), seed, number)
+        feeds |= self._masks(graph, x.batch, seed, number)
         results = graph.run(feeds)
         loss = results["loss"].item()
         if not math.isfinite(loss):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from edgelocal.data import Split, has_split, open_dataset
@@ -28,7 +29,7 @@ def evaluate_run(run: Path, data: Path, bundle: Path | None, batch: int | None, 
 
 def exits_table(result: dict[str, Any]) -> Table:
     """A row an exit: the accuracy of the network cut at that block."""
-    table = Table(title=f"{result['samples']} samples of {result['data']}", title_justify="left")
+    table = Table(title=escape(f"{result['samples']} samples of {result['data']}"), title_justify="left")
     metric = "accuracy" if "accuracy" in result else "mean_absolute_error"
     for name in ("exit at block", "loss", metric.replace("_", " ")):
         table.add_column(name, justify="right")
@@ -55,12 +56,12 @@ def doctor_table(report: dict[str, Any]) -> Table:
     table.add_column("what")
     table.add_column("found", overflow="fold")
     for key, value in report["device"].items():
-        table.add_row(key, str(value))
+        table.add_row(key, escape(str(value)))
     for name, version in report["packages"].items():
         table.add_row(name, version)
-    table.add_row("advice", report["advice"])
+    table.add_row("advice", escape(report["advice"]))
     for problem in report["problems"]:
-        table.add_row("[red]problem[/red]", f"{problem['found']}\n-> {problem['remedy']}")
+        table.add_row("[red]problem[/red]", escape(f"{problem['found']}\n-> {problem['remedy']}"))
     if not report["problems"]:
         table.add_row("problems", "none found")
     return table

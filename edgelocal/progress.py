@@ -35,16 +35,16 @@ class Display:
         self.console.print(_plan_table(trainer))
         config = trainer.config
         budget = format_size(info.budget_bytes) if info.budget_bytes else "none"
-        self.console.print(
+        self._line(
             f"{config.schedule}, {config.epochs} epochs of {len(trainer.train)} samples, batch {config.batch}, "
             f"{trainer.manifest.optimizer.name} lr {config.lr} {config.lr_schedule}, budget {budget}\n"
             f"onnxruntime {info.runtime['onnxruntime']} {info.runtime['provider']} on {info.runtime['machine']}, "
             f"{threads} threads, state {format_size(sum(b.state_bytes() for b in trainer.blocks))}"
         )
         if trainer.position.steps:
-            self.console.print(f"resumed after step {trainer.position.steps} of {trainer.total_steps}")
+            self._line(f"resumed after step {trainer.position.steps} of {trainer.total_steps}")
         for note in notes:
-            self.console.print(f"note: {note}")
+            self._line(f"note: {note}")
 
     def __enter__(self) -> Display:
         self._started = self._last_line = time.monotonic()
@@ -80,16 +80,17 @@ class Display:
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
             left = self._left_s(trainer)
-            self.console.print(f"{self._where(trainer)}: {self._detail(trainer)}, {left:.0f} s left")
+            self._line(f"{self._where(trainer)}: {self._detail(trainer)}, {left:.0f} s left")
 
     def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """After every epoch: one line with the scores of its blocks."""
         scores = "  ".join(f"{name} {_score(values)}" for name, values in _ends(record["blocks"]))
         held = f"  validation {_score(record['validation'])}" if "validation" in record else ""
         stage = f"stage {record['stage'] + 1} " if len(trainer.stages) > 1 else ""
-        self.console.print(
-            f"{stage}epoch {record['epoch']}: {scores}{held}  {record['seconds']:.1f} s", highlight=False
-        )
+        self._line(f"{stage}epoch {record['epoch']}: {scores}{held}  {record['seconds']:.1f} s")
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)  # lines in a log are not cut to 80 columns
 
     def _where(self, trainer: Trainer) -> str:
         stage = trainer.stages[min(trainer.position.stage, len(trainer.stages) - 1)]

@@ -92,6 +92,11 @@ class Tensor:
         contiguous = np.ascontiguousarray(array).reshape(array.shape)
         return cls(runtime().OrtValue.ortvalue_from_numpy(contiguous))
 
+    @property
+    def batch(self) -> int:
+        """The first dimension."""
+        return int(self.value.shape()[0])
+
     def array(self) -> Array:
         """The values as a numpy array."""
         values: Array = self.value.numpy()

@@ -131,7 +131,7 @@ def _train_locked(
     folder = RunFolder(request.out, info)
     loaded = folder.resume() if continued else None
     notes = _resume_notes(request.out, info, loaded.skipped if loaded else ()) if continued else []
-    if not continued:
+    if loaded is None:
         folder.start()
     blocks = load_blocks(bundle, threads, loaded.state.tensors if loaded else None)
     trainer = Trainer(
@@ -146,10 +146,10 @@ def _train_locked(
     )
     if loaded is not None:
         restore(trainer, loaded)
+    else:
+        folder.commit(trainer)
     del loaded  # its tensors were copied into the blocks
     display.start(trainer, info, threads, notes)
-    if not continued:
-        folder.commit(trainer)
     watcher = _Watcher(folder, display, request, stop)
     with display:
         trainer.run(watcher)

@@ -1,6 +1,6 @@
 """Convolution and its gradients.
 
-Forms chosen by measurement on ONNX Runtime's CPU provider (docs/lowering.md has the table):
+Forms chosen by measurement on ONNX Runtime's CPU provider (tables in docs/decisions/0009):
 
 input gradient
     stride 1: a convolution with the flipped kernel (1.5 to 3 times faster than ConvTranspose);

@@ -1,0 +1,50 @@
+# Two commands do everything, set-up included:  make demo,  make test.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := -m pip install --quiet --disable-pip-version-check
+SUITE := -m pytest device_tests/device -p no:cacheprovider
+
+.PHONY: demo test setup lint device-suites slow clean
+
+demo: $(VENV)/ready
+	rm -rf out/demo
+	mkdir -p out
+	$(BIN)/edgelocal demo --out out/demo
+
+test: lint device-suites
+	$(BIN)/python -m pytest
+
+setup: $(VENV)/ready
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The device side in environments as a device has them: no torch, no onnx; the oldest supported runtime, and the
+# training build of ONNX Runtime. The newest runs with the whole suite.
+device-suites: .venv-oldest/ready .venv-training/ready
+	.venv-oldest/bin/python $(SUITE)
+	.venv-training/bin/python $(SUITE)
+
+slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) --constraint constraints.txt --editable ".[export,runtime,image,demo,dev]"
+	touch $@
+
+.venv-oldest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python $(PIP) --editable ".[image,test]" numpy==1.26.4 onnxruntime==1.17.3
+	touch $@
+
+.venv-training/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-training
+	.venv-training/bin/python $(PIP) --editable ".[image,test]" onnxruntime-training-cpu==1.19.2
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest .venv-training out build dist

@@ -1,0 +1,148 @@
+"""Golden bundles, small data for them, and the ways to train: inside this process, or by the real command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelocal.block import Block
+from edgelocal.bundle import open_bundle
+from edgelocal.config import TrainConfig
+from edgelocal.data import open_dataset
+from edgelocal.run import load_blocks
+from edgelocal.spec import TaskSpec
+from edgelocal.state import decode_state
+from edgelocal.tensors import Array
+from edgelocal.trainer import Trainer
+
+GOLDEN = Path(__file__).parent / "golden"
+RESIDUAL, DROPOUT = GOLDEN / "residual", GOLDEN / "dropout"
+ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error", "COLUMNS": "120", "NO_COLOR": "1"}
+
+
+def write_data(path: Path, bundle: Path, samples: int = 48, test: int = 16) -> Path:
+    """A learnable problem of four classes for a golden bundle, as .npz with a test split."""
+    rng = np.random.default_rng(5)
+    y = np.arange(samples + test) % 4
+    if bundle == RESIDUAL:
+        x = rng.integers(0, 120, (len(y), 8, 8), dtype=np.uint8)
+        for image, c in zip(x, y, strict=True):
+            image[4 * (c // 2) : 4 * (c // 2) + 4, 4 * (c % 2) : 4 * (c % 2) + 4] += 100
+    else:
+        x = rng.normal(0, 0.5, (len(y), 12)).astype(np.float32) + np.eye(4, 12, dtype=np.float32)[y] * 2
+    np.savez(path, x_train=x[:samples], y_train=y[:samples], x_test=x[samples:], y_test=y[samples:])
+    return path
+
+
+def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m edgelocal` with these arguments, to its end."""
+    line = [sys.executable, "-m", "edgelocal", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False, **options)
+
+
+def answer(*arguments: object, code: int = 0, **options: Any) -> dict[str, Any]:
+    """The object a command with --json prints, alone on stdout; its exit code must be `code`."""
+    done = command(*arguments, "--json", **options)
+    assert done.returncode == code, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def config(**changes: Any) -> TrainConfig:
+    """Two epochs of batches of 16, without augmentation."""
+    values: dict[str, Any] = {
+        "epochs": 2,
+        "batch": 16,
+        "lr": 0.02,
+        "lr_schedule": "cosine",
+        "warmup_epochs": 0,
+        "schedule": "interleaved",
+        "seed": 1,
+        "augment": False,
+        "cache": False,
+        "hyper": {},
+    }
+    return TrainConfig(**(values | changes))
+
+
+def trainer(bundle: Path, data: Path, cache: Path | None = None, threads: int = 1, **changes: Any) -> Trainer:
+    """A trainer at its start."""
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    splits = [open_dataset(data, split, manifest.input, manifest.task) for split in ("train", "test")]  # type: ignore[arg-type]
+    blocks = load_blocks(opened, threads, None)
+    return Trainer(manifest, config(**changes), blocks, splits[0], splits[1], cache_folder=cache)
+
+
+class Recorder:
+    """A watcher that keeps what it is told; asks to stop after `stop_at` steps."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+        self.steps = 0
+        self.records: list[dict[str, Any]] = []
+        self.commits: list[int] = []
+
+    def step(self, trainer: Trainer) -> None:
+        self.steps += 1
+
+    def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def should_stop(self) -> bool:
+        return self.steps == self.stop_at
+
+    def commit(self, trainer: Trainer) -> None:
+        self.commits.append(trainer.position.steps)
+
+
+def state_of(blocks: tuple[Block, ...]) -> dict[str, Array]:
+    """Copies of all tensors of all blocks."""
+    return {f"{b.spec.name}:{name}": array.copy() for b in blocks for name, array in b.state().items()}
+
+
+def assert_same_bits(a: dict[str, Array], b: dict[str, Array]) -> None:
+    """Equal names and equal bytes."""
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name].tobytes() != b[name].tobytes()] == []
+
+
+def last_state(run: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Progress and tensors of the newest checkpoint of a run."""
+    path = max((run / "state").glob("*.ckpt"))
+    data = path.read_bytes()
+    fingerprint = data[: data.index(b'"},')].split(b'"fingerprint":"')[1][:64].decode()
+    state = decode_state(data, fingerprint)
+    return state.progress, state.tensors
+
+
+def copy_bundle(source: Path, folder: Path, edit: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """A copy of a bundle, its manifest changed by `edit`."""
+    shutil.copytree(source, folder)
+    if edit is not None:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        edit(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def put(folder: Path, name: str, data: bytes) -> None:
+    """Replace a file of a bundle and what its manifest says of it."""
+    (folder / name).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def task(loss: str = "cross_entropy", classes: int = 3, smoothing: float = 0.0) -> TaskSpec:
+    """A task without class names."""
+    return TaskSpec(loss, classes, smoothing, ())

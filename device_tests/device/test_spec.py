@@ -1,0 +1,241 @@
+"""Manifests: what is rendered is parsed, everything else is refused by name, and only BundleError leaves the parser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import DROPOUT, RESIDUAL
+
+from edgelocal.errors import BundleError
+from edgelocal.spec import (
+    MAX_MANIFEST_BYTES,
+    AugmentSpec,
+    DefaultsSpec,
+    FileSpec,
+    InputSpec,
+    Manifest,
+    RuleSpec,
+    TensorSpec,
+    parse_manifest,
+    render_manifest,
+)
+
+Edit = Callable[[dict[str, Any]], Any]
+WHOLE = {path: (path / "manifest.json").read_bytes() for path in (RESIDUAL, DROPOUT)}
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+def edited(edit: Edit) -> bytes:
+    raw = json.loads(WHOLE[DROPOUT])
+    edit(raw)
+    return json.dumps(raw).encode()
+
+
+def step(raw: dict[str, Any]) -> dict[str, Any]:
+    graph: dict[str, Any] = raw["blocks"][0]["step"]
+    return graph
+
+
+def renamed(name: str) -> Edit:
+    return lambda raw: raw["files"].update({name: raw["files"]["predict.onnx"]})
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.name)
+def test_golden_manifests_round_trip(path: Any) -> None:
+    manifest = parse_manifest(WHOLE[path])
+    assert json.loads(render_manifest(manifest)) == json.loads(WHOLE[path])
+    assert parse_manifest(render_manifest(manifest)) == manifest
+
+
+@given(
+    st.builds(RuleSpec, words, st.integers(), numbers, st.integers(), words),
+    st.builds(AugmentSpec, st.integers(0, 9), st.sampled_from(["reflect", "zero"]), st.booleans()),
+    st.builds(DefaultsSpec, st.integers(1), st.integers(1), st.floats(0, 9), st.just("step")),
+    st.lists(words),
+    st.dictionaries(words, words),
+    st.integers(),
+)
+def test_round_trip(
+    rule: RuleSpec,
+    augment: AugmentSpec,
+    defaults: DefaultsSpec,
+    units: list[str],
+    versions: dict[str, str],
+    seed: int,
+) -> None:
+    base = parse_manifest(WHOLE[DROPOUT])
+    changes: dict[str, Any] = {"rule": rule, "augment": augment, "defaults": defaults, "versions": versions}
+    manifest = dataclasses.replace(base, units=tuple(units), seed=seed, **changes)
+    assert parse_manifest(render_manifest(manifest)) == manifest
+
+
+def test_the_golden_values_are_read_as_they_were_written() -> None:
+    manifest = parse_manifest(WHOLE[RESIDUAL])
+    assert [b.units for b in manifest.blocks] == [("a",), ("b",), ("c",)]
+    assert manifest.input == InputSpec((1, 8, 8), (0.5,), (0.5,))
+    assert manifest.optimizer.hyper == {"momentum": 0.9, "weight_decay": 1e-4}
+    assert manifest.blocks[0].step.inputs[0] == TensorSpec("x", ("N", 1, 8, 8), "float32")
+    assert manifest.blocks[0].step.inputs[0].resolve(5) == (5, 1, 8, 8)
+    assert {t.kind for t in manifest.blocks[0].state()} == {"param", "opt", "buf"}
+    assert parse_manifest(WHOLE[DROPOUT]).blocks[1].masks[0].keep == 0.5
+
+
+REFUSED: list[tuple[str, Edit, str]] = [
+    ("unknown key", lambda m: m.update(extra=1), r"manifest: unknown keys \['extra'\], missing keys \[\]"),
+    ("unknown key inside", lambda m: step(m).update(a=1), r"manifest.blocks\[0\].step: unknown keys \['a'\]"),
+    ("missing key", lambda m: m["task"].pop("loss"), r"manifest.task: unknown keys \[\], missing keys \['loss'\]"),
+    ("string for integer", lambda m: m.update(seed="1"), "manifest.seed: expected int, found '1'"),
+    ("float for integer", lambda m: m.update(seed=1.0), "manifest.seed: expected int, found '1.0'"),
+    ("true for integer", lambda m: m.update(seed=True), "manifest.seed: expected int, found 'True'"),
+    ("true for float", lambda m: m["rule"].update(tau=True), "rule.tau: expected a finite number, found 'True'"),
+    ("integer for bool", lambda m: m["augment"].update(flip=1), "augment.flip: expected bool, found '1'"),
+    ("string for list", lambda m: m.update(units="ab"), "manifest.units: expected a list, found 'ab'"),
+    ("list for object", lambda m: m.update(versions=[]), "manifest.versions: expected an object"),
+    ("null for object", lambda m: m.update(predict=None), "manifest.predict: expected an object, found 'None'"),
+    ("null in a list", lambda m: m["units"].append(None), r"manifest.units\[2\]: expected str, found 'None'"),
+    ("true as dim", lambda m: step(m)["inputs"][0].update(shape=[True]), r"shape\[0\]: expected int, found 'True'"),
+    ("another format", lambda m: m.update(format="onnx"), "does not describe an edgelocal bundle"),
+    ("no format", lambda m: m.pop("format"), "does not describe an edgelocal bundle"),
+    ("newer schema", lambda m: m.update(schema=2), "has schema 2, this edgelocal reads up to 1: upgrade edgelocal"),
+    ("schema 0", lambda m: m.update(schema=0), "schema 0, expected a positive integer"),
+    ("schema as text", lambda m: m.update(schema="1"), "schema '1', expected a positive integer"),
+    ("no blocks", lambda m: m.update(blocks=[]), "manifest.blocks: expected at least one block"),
+    ("parent path", renamed("../x"), r"manifest.files: expected a plain relative path, found '../x'"),
+    ("parent inside", renamed("a/../../x"), "expected a plain relative path"),
+    ("absolute path", renamed("/etc/passwd"), "expected a plain relative path, found '/etc/passwd'"),
+    ("windows path", renamed("C:x"), "expected a plain relative path"),
+    ("backslash", renamed("a\\x"), "expected a plain relative path"),
+    ("nul in path", renamed("a\0x"), "expected a plain relative path"),
+    ("double slash", renamed("a//x"), "expected a plain relative path"),
+    ("dot", renamed("./x"), "expected a plain relative path"),
+    ("empty path", renamed(""), "expected a plain relative path"),
+    ("long path", renamed("a" * 257), "expected a plain relative path"),
+    ("half a surrogate pair in a path", renamed("a\ud800x"), "is not valid JSON .*surrogates not allowed"),
+    ("unlisted graph", lambda m: m["files"].pop("predict.onnx"), "predict.onnx: expected a file listed in files"),
+    ("unlisted weights", lambda m: m["files"].pop("blocks/01/weights.safetensors"), "expected weights listed in files"),
+    ("negative size", lambda m: m["files"]["predict.onnx"].update(size=-1), "predict.onnx: expected a size and a sha"),
+    ("short sha256", lambda m: m["files"]["predict.onnx"].update(sha256="00"), "expected a size and a sha256"),
+    ("rank 9", lambda m: step(m)["inputs"][0].update(shape=[1] * 9), "step.onnx: x: expected at most 8 dimensions"),
+    ("no name", lambda m: step(m)["inputs"][0].update(name=""), "expected a name of 1 to 256 characters"),
+    ("long name", lambda m: step(m)["inputs"][0].update(name="n" * 257), "expected a name of 1 to 256 characters"),
+    ("dtype", lambda m: step(m)["inputs"][0].update(dtype="float16"), r"x: expected one of \('float32', 'int64'"),
+    ("zero dim", lambda m: step(m)["inputs"][0].update(shape=["N", 0]), "x: expected positive dims"),
+    ("other symbol", lambda m: step(m)["inputs"][0].update(shape=["M", 1]), "x: expected positive dims"),
+    ("too large", lambda m: step(m)["inputs"][0].update(shape=[1 << 40]), r"x: expected fewer than 2\^40 elements"),
+    ("integer beyond floats", lambda m: m["rule"].update(tau=10**400), "rule.tau: expected a finite number"),
+    ("NaN", lambda m: m["defaults"].update(lr=float("nan")), "defaults.lr: expected a finite number, found 'nan'"),
+    ("infinity", lambda m: m["defaults"].update(lr=-float("inf")), "defaults.lr: expected a finite number"),
+    ("no input shape", lambda m: m["input"].update(shape=[]), "manifest.input.shape: expected a positive shape"),
+    ("negative input", lambda m: m["input"].update(shape=[3, -1]), "manifest.input.shape: expected a positive shape"),
+    ("means", lambda m: m["input"].update(mean=[0.0] * 5), "manifest.input: expected 1 or 12 means and deviations"),
+    ("zero deviation", lambda m: m["input"].update(std=[0.0]), "input.std: expected positive deviations"),
+    ("input dtype", lambda m: m["input"].update(dtype="bool"), "input.dtype: expected float32 or int64"),
+    ("blocks of one name", lambda m: m["blocks"][1].update(name="00"), "manifest.blocks: expected a name of its own"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_refused(edit: Edit, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        parse_manifest(edited(edit))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is not valid JSON"),
+        (b"[]", "does not describe an edgelocal bundle"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (WHOLE[DROPOUT][:-1], "is not valid JSON"),
+        (b"\xef\xbb\xbf" + WHOLE[DROPOUT], "is not valid JSON"),
+        (b'{"seed":1,' + WHOLE[DROPOUT][1:], "duplicate key 'seed'"),
+        (WHOLE[DROPOUT].replace(b'"lr":', b'"lr":1e999,"lr":', 1), "duplicate key 'lr'"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b" " * (MAX_MANIFEST_BYTES + 1), f"has {MAX_MANIFEST_BYTES + 1} bytes, the limit is {MAX_MANIFEST_BYTES}"),
+    ],
+    ids=["empty", "list", "no utf-8", "cut", "byte order mark", "twice", "twice inside", "nested", "large"],
+)
+def test_bytes_that_are_no_manifest_are_refused(data: bytes, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        parse_manifest(data)
+
+
+def test_a_value_over_the_largest_float_is_refused() -> None:
+    text = WHOLE[DROPOUT].replace(b'"lr":0.01', b'"lr":1e999')
+    with pytest.raises(BundleError, match="defaults.lr: expected a finite number, found 'inf'"):
+        parse_manifest(text)
+
+
+def test_too_many_tensors_are_refused() -> None:
+    one = {"name": "x", "shape": [], "dtype": "bool"}
+    with pytest.raises(BundleError, match="expected at most 65536 tensors, found '65"):
+        parse_manifest(edited(lambda m: step(m).update(inputs=[one] * 65_537)))
+
+
+def test_a_duplicate_among_many_keys_is_found_quickly() -> None:
+    keys = b",".join(b'"%d":0' % n for n in range(200_000))
+    with pytest.raises(BundleError, match="duplicate key '199999'"):
+        parse_manifest(b"{" + keys + b',"199999":0}')
+
+
+def parsed_or_refused(data: bytes) -> Manifest | None:
+    """Anything but a manifest or a BundleError fails the test that called; a manifest must survive its own rendering."""
+    try:
+        manifest = parse_manifest(data)
+    except BundleError:
+        return None
+    assert parse_manifest(render_manifest(manifest)) == manifest
+    return manifest
+
+
+def test_only_bundle_errors_leave_the_parser_under_damaged_bytes() -> None:
+    rng = random.Random(0)
+    whole = WHOLE[DROPOUT]
+    refused = 0
+    for _ in range(2500):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        refused += parsed_or_refused(bytes(data[: rng.randrange(len(data))] if rng.random() < 0.1 else data)) is None
+    assert refused > 1500
+
+
+VALUES = [None, True, -1, 0, 1.5, 10**400, float("nan"), "", "N", "x" * 300, "\ud800", [], {}, [[]], {"": 0}, [0] * 9]
+
+
+def places(raw: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Every (container, key) of a tree."""
+    for key in list(raw) if isinstance(raw, dict) else range(len(raw)) if isinstance(raw, list) else ():
+        found.append((raw, key))
+        places(raw[key], found)
+    return found
+
+
+def test_only_bundle_errors_leave_the_parser_under_other_structures() -> None:
+    rng = random.Random(1)
+    refused = 0
+    for _ in range(2000):
+        raw = json.loads(WHOLE[DROPOUT])
+        container, key = rng.choice(places(raw, []))
+        if rng.random() < 0.2:
+            del container[key]
+        elif rng.random() < 0.2 and isinstance(container, dict):
+            container[f"{key}?"] = container[key]
+        else:
+            container[key] = rng.choice(VALUES)
+        refused += parsed_or_refused(json.dumps(raw).encode()) is None
+    assert refused > 1500
+
+
+def test_file_entries_are_values() -> None:
+    assert parse_manifest(WHOLE[DROPOUT]).files["predict.onnx"] == FileSpec(
+        **json.loads(WHOLE[DROPOUT])["files"]["predict.onnx"]
+    )

@@ -1,0 +1,326 @@
+"""Layers as ONNX, output and every gradient against PyTorch's autograd in float64: norms, activations, pooling,
+attention, dropout, embeddings, residuals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import check, lowered, Probe, session
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgelocal.exporters.lowering import UnsupportedOperatorError
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        out: Tensor = self.function(x)
+        return out
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """In inference mode within a network that trains, with statistics that are not 0 and 1."""
+    for name, buffer in module.named_buffers():
+        if name.startswith("running"):
+            buffer.uniform_(0.5, 1.5)
+    return module.eval()
+
+
+NORMS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "batch norm 2d": (nn.BatchNorm2d(5), (5, 4, 3)),
+    "batch norm 1d on features": (nn.BatchNorm1d(6), (6,)),
+    "batch norm 1d on a line": (nn.BatchNorm1d(6), (6, 5)),
+    "batch norm 3d": (nn.BatchNorm3d(3), (3, 2, 4, 3)),
+    "batch norm without affine": (nn.BatchNorm2d(5, affine=False), (5, 4, 3)),
+    "batch norm, other momentum and eps": (nn.BatchNorm2d(5, momentum=0.4, eps=1e-2), (5, 4, 3)),
+    "batch norm without statistics": (nn.BatchNorm2d(5, track_running_stats=False), (5, 4, 3)),
+    "frozen batch norm": (frozen(nn.BatchNorm2d(5)), (5, 4, 3)),
+    "frozen batch norm without affine": (frozen(nn.BatchNorm2d(5, affine=False)), (5, 4, 3)),
+}
+
+
+@pytest.mark.parametrize(("module", "shape"), NORMS.values(), ids=list(NORMS))
+def test_batch_norm_over_two_steps(module: nn.Module, shape: tuple[int, ...]) -> None:
+    # A batch of one has no variance over features, and PyTorch refuses it.
+    check(module, shape, batches=(7, 3))
+
+
+def test_batch_norm_of_maps_takes_a_batch_of_one() -> None:
+    check(nn.BatchNorm2d(5), (5, 4, 3), batches=(1, 6))
+
+
+def test_batch_norm_far_from_zero() -> None:
+    # The variance as E x^2 - (E x)^2 would lose all its digits here.
+    check(nn.BatchNorm2d(3), (3, 5, 5), batches=(6, 4), draw=lambda s: 300 + torch.randn(s), tolerance=3e-4)
+
+
+def test_new_running_variance_is_unbiased() -> None:
+    # Independent of PyTorch: numpy's variance with ddof=1 over samples and places.
+    probe = Probe(nn.BatchNorm2d(2, momentum=0.25), (2, 2, 1), (2, 2, 1), floating=True)
+    graph = lowered(probe, (2, 2, 1), torch.float32)
+    state = {name: tensor.detach().numpy() for name, tensor in probe.state_dict().items()}
+    x = np.random.default_rng(0).standard_normal((3, 2, 2, 1), dtype=np.float32)
+    outputs = session(graph.model).run(["new/body.running_var"], {"x": x, **{n: state[n] for n in graph.state}})
+    seen = x * state["scale"] + state["shift"]
+    expected = 0.75 * 1 + 0.25 * seen.var(axis=(0, 2, 3), ddof=1)
+    np.testing.assert_allclose(outputs[0], expected, rtol=1e-6)
+
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "layer norm": (nn.LayerNorm(6), (4, 6)),
+    "layer norm on two axes": (nn.LayerNorm((4, 6)), (3, 4, 6)),
+    "layer norm without affine": (nn.LayerNorm(6, elementwise_affine=False), (4, 6)),
+    "layer norm without bias": (nn.LayerNorm(6, bias=False), (4, 6)),
+    "group norm": (nn.GroupNorm(2, 6), (6, 4, 3)),
+    "group norm, one group": (nn.GroupNorm(1, 6), (6, 4, 3)),
+    "group norm on features": (nn.GroupNorm(2, 6), (6,)),
+    "instance norm": (nn.InstanceNorm2d(4), (4, 5, 3)),
+    "instance norm, affine": (nn.InstanceNorm2d(4, affine=True), (4, 5, 3)),
+    "rms norm": (nn.RMSNorm(6, eps=1e-5), (4, 6)),
+    "local response norm": (nn.LocalResponseNorm(3), (6, 4, 4)),
+    "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), (5,)),
+    "linear": (nn.Linear(5, 4), (5,)),
+    "linear without bias": (nn.Linear(5, 4, bias=False), (5,)),
+    "linear on tokens": (nn.Linear(5, 4), (3, 5)),
+    "bilinear": (Function(lambda x: functional.bilinear(x, x, torch.ones(3, 5, 5))), (5,)),
+    "max pool": (nn.MaxPool2d(2), (3, 6, 8)),
+    "max pool that overlaps": (nn.MaxPool2d(3, 2, 1), (3, 7, 8)),
+    "max pool, ceil": (nn.MaxPool2d(3, 2, ceil_mode=True), (3, 6, 8)),
+    "max pool, stride 1": (nn.MaxPool2d(3, 1, 1), (3, 6, 5)),
+    "max pool, by axis": (nn.MaxPool2d((3, 2), (2, 1), (1, 0)), (3, 6, 5)),
+    "max pool, dilated": (nn.MaxPool2d(2, 1, dilation=2), (3, 6, 5)),
+    "max pool 1d": (nn.MaxPool1d(3, 2), (3, 9)),
+    "average pool": (nn.AvgPool2d(2), (3, 6, 8)),
+    "average pool that overlaps": (nn.AvgPool2d(3, 2, 1), (3, 7, 8)),
+    "average pool, padding not counted": (nn.AvgPool2d(3, 2, 1, count_include_pad=False), (3, 7, 8)),
+    "average pool, ceil": (nn.AvgPool2d(3, 2, ceil_mode=True), (3, 6, 8)),
+    "average pool, ceil and padded": (nn.AvgPool2d(3, 2, 1, ceil_mode=True), (3, 6, 8)),
+    "average pool, ceil, padded, not counted": (
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+        (3, 6, 8),
+    ),
+    "average pool, own divisor": (nn.AvgPool2d(2, divisor_override=3), (3, 6, 8)),
+    "average pool, rest left over": (nn.AvgPool2d((3, 2), (2, 3)), (3, 8, 9)),
+    "average pool 1d": (nn.AvgPool1d(3, 2, 1), (3, 9)),
+    "adaptive average to one": (nn.AdaptiveAvgPool2d(1), (3, 5, 6)),
+    "adaptive average, divisible": (nn.AdaptiveAvgPool2d((3, 2)), (3, 6, 8)),
+    "adaptive average, not divisible": (nn.AdaptiveAvgPool2d((3, 4)), (3, 7, 6)),
+    "adaptive average, larger": (nn.AdaptiveAvgPool2d(7), (3, 3, 5)),
+    "adaptive average 1d": (nn.AdaptiveAvgPool1d(3), (3, 7)),
+    "adaptive maximum to one": (nn.AdaptiveMaxPool2d(1), (3, 5, 6)),
+    "adaptive maximum, divisible": (nn.AdaptiveMaxPool2d((3, 2)), (3, 6, 8)),
+    "adaptive maximum, not divisible": (nn.AdaptiveMaxPool2d((3, 4)), (3, 7, 6)),
+    "lp pool": (Function(lambda x: functional.lp_pool2d(x.abs() + 0.1, 2.0, 2)), (3, 6, 8)),
+    "nearest": (nn.Upsample(scale_factor=2), (3, 4, 3)),
+    "nearest to a size": (nn.Upsample(size=(7, 5)), (3, 4, 3)),
+    "bilinear upsampling": (nn.Upsample(scale_factor=2, mode="bilinear"), (3, 4, 3)),
+    "bilinear, aligned": (nn.Upsample(size=(7, 5), mode="bilinear", align_corners=True), (3, 4, 3)),
+    "pixel shuffle": (nn.PixelShuffle(2), (8, 3, 4)),
+    "pixel unshuffle": (nn.PixelUnshuffle(2), (2, 6, 4)),
+    "channel shuffle": (nn.ChannelShuffle(2), (6, 3, 4)),
+    "unfold": (nn.Unfold(2, stride=2), (2, 6, 4)),
+    "zero pad": (nn.ZeroPad2d((1, 2, 0, 3)), (2, 4, 5)),
+    "cropping pad": (nn.ZeroPad2d((-1, 2, 1, -1)), (2, 4, 5)),
+    "constant pad": (nn.ConstantPad2d((1, 2, 0, 3), 1.5), (2, 4, 5)),
+    "reflection pad": (nn.ReflectionPad2d((1, 2, 0, 3)), (2, 4, 5)),
+    "reflection pad 1d": (nn.ReflectionPad1d((1, 2)), (2, 5)),
+    "replication pad": (nn.ReplicationPad2d((1, 2, 0, 3)), (2, 4, 5)),
+    "residual": (nn.Sequential(nn.Conv2d(3, 3, 1), Function(lambda x: x + torch.relu(x) * 0.5)), (3, 4, 5)),
+    "lstm": (Function(nn.LSTM(4, 3, batch_first=True).double().float()), (5, 4)),
+}
+
+
+@pytest.mark.parametrize(("module", "shape"), LAYERS.values(), ids=list(LAYERS))
+def test_layer(module: nn.Module, shape: tuple[int, ...]) -> None:
+    check(module, shape)
+
+
+ACTIVATIONS: dict[str, nn.Module] = {
+    "relu": nn.ReLU(),
+    "relu in place": nn.Sequential(nn.Linear(7, 7), nn.ReLU(inplace=True)),
+    "relu6": nn.ReLU6(),
+    "gelu": nn.GELU(),
+    "gelu tanh": nn.GELU("tanh"),
+    "silu": nn.SiLU(),
+    "mish": nn.Mish(),
+    "hardswish": nn.Hardswish(),
+    "hardswish in place": nn.Sequential(nn.Linear(7, 7), nn.Hardswish(inplace=True)),
+    "hardsigmoid": nn.Hardsigmoid(),
+    "hardtanh": nn.Hardtanh(-0.5, 0.8),
+    "leaky relu": nn.LeakyReLU(0.2),
+    "prelu": nn.PReLU(),
+    "elu": nn.ELU(1.3),
+    "celu": nn.CELU(0.7),
+    "selu": nn.SELU(),
+    "softplus": nn.Softplus(),
+    "softplus, beta": nn.Softplus(3.0),
+    "softsign": nn.Softsign(),
+    "sigmoid": nn.Sigmoid(),
+    "log sigmoid": nn.LogSigmoid(),
+    "tanh": nn.Tanh(),
+    "tanhshrink": nn.Tanhshrink(),
+    "hardshrink": nn.Hardshrink(),
+    "softshrink": nn.Softshrink(),
+    "threshold": nn.Threshold(0.1, -2.0),
+    "softmax": nn.Softmax(-1),
+    "softmax on the first axis": nn.Softmax(1),
+    "softmin": nn.Softmin(-1),
+    "log softmax": nn.LogSoftmax(-1),
+    "glu": nn.Sequential(nn.Linear(7, 8), nn.GLU()),
+}
+
+
+@pytest.mark.parametrize("module", ACTIVATIONS.values(), ids=list(ACTIVATIONS))
+def test_activation(module: nn.Module) -> None:
+    check(module, (4, 7), draw=lambda shape: 3 * torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "softplus", "log sigmoid", "elu", "tanh", "softmax", "hardswish"])
+def test_activation_far_out(name: str) -> None:
+    """No overflow, no NaN, where exp does not fit float32."""
+    check(ACTIVATIONS[name], (4, 7), draw=lambda shape: 120 * torch.randn(shape))
+
+
+class SelfAttention(nn.Module):
+    """MultiheadAttention of a sequence with itself."""
+
+    def __init__(self, dropout: float = 0.0, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout, batch_first=True)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, 8) -> (N, T, 8)."""
+        out: Tensor = self.attention(x, x, x, attn_mask=self.mask, need_weights=False)[0]
+        return out
+
+
+class Scaled(nn.Module):
+    """scaled_dot_product_attention on three projections."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.projection = nn.Linear(6, 18)
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, 6) -> (N, T, 6)."""
+        q, k, v = self.projection(x).chunk(3, -1)
+        return functional.scaled_dot_product_attention(q, k, v, **self.options)
+
+
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(5)
+ATTENTION: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "multihead": (SelfAttention(), (5, 8)),
+    "multihead, causal mask": (SelfAttention(mask=CAUSAL), (5, 8)),
+    "multihead, dropout": (SelfAttention(0.3), (5, 8)),
+    "scaled dot product": (Scaled(), (5, 6)),
+    "scaled dot product, causal": (Scaled(is_causal=True), (5, 6)),
+    "scaled dot product, scale": (Scaled(scale=0.3), (5, 6)),
+    "scaled dot product, dropout": (Scaled(dropout_p=0.25), (5, 6)),
+    "encoder layer": (nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True), (5, 8)),
+    "encoder layer, pre-norm, gelu": (
+        nn.TransformerEncoderLayer(8, 2, 12, 0.0, "gelu", batch_first=True, norm_first=True),
+        (5, 8),
+    ),
+    "encoder layer, dropout": (nn.TransformerEncoderLayer(8, 2, 12, 0.2, batch_first=True), (5, 8)),
+}
+
+
+@pytest.mark.parametrize(("module", "shape"), ATTENTION.values(), ids=list(ATTENTION))
+def test_attention(module: nn.Module, shape: tuple[int, ...]) -> None:
+    check(module, shape, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}], ids=["plain", "padding"])
+def test_embedding(options: dict[str, int]) -> None:
+    check(
+        nn.Embedding(9, 4, **options), (6,), dtype=torch.int64, draw=lambda shape: torch.randint(0, 9, shape)
+    )
+
+
+def test_embedding_with_positions() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(9, 4, 0), nn.Embedding(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.words(x) + self.places(torch.arange(x.shape[1]))
+            return out
+
+    check(Tokens(), (6,), dtype=torch.int64, draw=lambda shape: torch.randint(0, 9, shape))
+
+
+def test_embedding_that_scales_by_frequency_is_refused() -> None:
+    probe = Probe(nn.Embedding(9, 4, scale_grad_by_freq=True), (6,), (6, 4), floating=False)
+    with pytest.raises(UnsupportedOperatorError, match="scale_grad_by_freq"):
+        lowered(probe, (6,), torch.int64)
+
+
+class StochasticDepth(nn.Module):
+    """The branch of a sample is dropped as a whole."""
+
+    def __init__(self, keep: float) -> None:
+        super().__init__()
+        self.branch = nn.Linear(5, 5)
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, 5) -> (N, T, 5)."""
+        chosen = torch.empty(x.shape[0], 1, 1, dtype=x.dtype).bernoulli_(self.keep)
+        out: Tensor = x + self.branch(x) * chosen / self.keep
+        return out
+
+
+DROPS: dict[str, nn.Module] = {
+    "dropout": nn.Dropout(0.3),
+    "dropout of all": nn.Dropout(1.0),
+    "dropout of none": nn.Dropout(0.0),
+    "twice": nn.Sequential(nn.Dropout(0.3), nn.Linear(5, 5), nn.Dropout(0.6)),
+    "channels": nn.Dropout1d(0.4),
+    "alpha": nn.AlphaDropout(0.2),
+    "stochastic depth": StochasticDepth(0.7),
+    "in inference": nn.Dropout(0.3).eval(),
+}
+
+
+@pytest.mark.parametrize("module", DROPS.values(), ids=list(DROPS))
+def test_dropout_with_given_masks(module: nn.Module) -> None:
+    check(module, (4, 5))
+
+
+def test_dropout_is_the_mask_times_the_scale() -> None:
+    """Without PyTorch's random functions at all: y = x mask / (1 - p), and dx = dy mask / (1 - p)."""
+    probe = Probe(nn.Dropout(0.25), (6,), (6,), floating=True)
+    graph = lowered(probe, (6,), torch.float32)
+    state = {name: tensor.detach().numpy() for name, tensor in probe.state_dict().items()}
+    ((name, shape, keep),) = graph.masks
+    assert (name, shape[1:], keep) == ("rand/0", (6,), 0.75)
+    rng = np.random.default_rng(1)
+    x, mask = rng.standard_normal((4, 6), dtype=np.float32), rng.random((4, 6)) < 0.75
+    feeds = {"x": x, name: mask, **{n: state[n] for n in graph.state}}
+    found = dict(zip(graph.outputs, session(graph.model).run(None, feeds), strict=True))
+    out = (x * state["scale"] + state["shift"]) * mask / 0.75
+    np.testing.assert_allclose(found["out"], out, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found["grad/shift"][0], ((out + state["target"]) * mask / 0.75).sum(0), rtol=1e-5)
+
+
+def test_dropout_in_inference_has_no_mask() -> None:
+    probe = Probe(nn.Dropout(0.3).eval(), (6,), (6,), floating=True)
+    assert lowered(probe, (6,), torch.float32).masks == []
