@@ -86,7 +86,8 @@ def export_bundle(request: ExportRequest, out: Path, say: Say) -> dict[str, Any]
 
 
 def _write(request: ExportRequest, folder: Path, say: Say) -> dict[str, Any]:
-    network = load_network(request.network, request.input.shape, request.task.classes, request.seed)
+    dtype = getattr(torch, request.input.dtype)
+    network = load_network(request.network, request.input.shape, request.task.classes, request.seed, dtype)
     notes: list[str] = []
     if request.weights is not None:
         notes = load_weights(request.weights, network.module, partial=request.partial_weights).lines()
@@ -98,7 +99,7 @@ def _write(request: ExportRequest, folder: Path, say: Say) -> dict[str, Any]:
     blocks = build_blocks(network, request.rule, cut, request.seed)
     writer = _Writer(folder)
     specs: list[BlockSpec] = []
-    shape, dtype = tuple(request.input.shape), getattr(torch, request.input.dtype)
+    shape = tuple(request.input.shape)
     for block in blocks:
         say(f"block {block.name} of {len(blocks)}: {', '.join(block.unit_names)}")
         spec = _write_block(writer, block, request, shape, dtype)

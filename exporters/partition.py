@@ -117,7 +117,7 @@ def measure(network: Network, rule: Rule, depth: int, tail: str) -> Costs:
     count = len(network.units)
     units, ends = [], []
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        x = torch.empty(_PROBE_BATCH, *network.input_shape)
+        x = torch.empty(_PROBE_BATCH, *network.input_shape, dtype=network.input_dtype)
         kept = _Kept(mode)
         for index, unit in enumerate(network.units):
             x, cost = kept.run(unit.module, x)

@@ -51,7 +51,8 @@ class Network:
     """A plain module and the same module as units and a head.
 
     `head` maps the last unit's output to logits (N, classes). `aux_head(channels, classes, depth)` builds the end of an
-    auxiliary network of `depth` layers. `input_shape` is one sample without the batch. `downsampling` says when a
+    auxiliary network of `depth` layers. `input_shape` is one sample without the batch, of `input_dtype`: float32, or
+    int64 for token ids. `downsampling` says when a
     fresh unit inside an auxiliary halves the resolution: "ratio", once for every doubling of the width; "change",
     whenever the width changes.
     """
@@ -64,6 +65,7 @@ class Network:
     input_shape: tuple[int, ...]
     classes: int
     downsampling: Literal["ratio", "change"] = "ratio"
+    input_dtype: torch.dtype = torch.float32
 
 
 class GlobalMean(nn.Module):
@@ -85,7 +87,9 @@ def pooled_linear(channels: int, classes: int, depth: int = 0) -> nn.Module:
     return nn.Sequential(GlobalMean(), nn.Linear(channels, classes))
 
 
-def load_network(reference: str, input_shape: Sequence[int], classes: int, seed: int) -> Network:
+def load_network(
+    reference: str, input_shape: Sequence[int], classes: int, seed: int, dtype: torch.dtype = torch.float32
+) -> Network:
     """Zoo name, `package.module:callable` or `file.py:callable` -> checked Network, initialised from `seed`.
 
     A module from elsewhere names its units by being an `nn.Sequential` or by a method `edgelocal_units()`
@@ -101,7 +105,9 @@ def load_network(reference: str, input_shape: Sequence[int], classes: int, seed:
         raise ExportError(f"found input shape {shape} and {classes} classes, expected positive numbers")
     with seeded(seed, "network"):
         own = ":" in reference or reference.endswith(".py")
-        network = custom.build(reference, shape, classes) if own else build(reference, shape, classes)
+        if not own and dtype != torch.float32:
+            raise ExportError(f"{reference} takes float32 inputs, --input asks for {dtype}; leave the dtype out")
+        network = custom.build(reference, shape, classes, dtype) if own else build(reference, shape, classes)
     _check_output(network)
     _check_ownership(network)
     return network
@@ -114,6 +120,7 @@ def check_composition(network: Network) -> None:
         ExportError: the largest difference exceeds 1e-6 of the largest output, or an output is not finite.
     """
     x = torch.randn(_PROBE_BATCH, *network.input_shape, generator=torch.Generator().manual_seed(0))
+    x = x.to(network.input_dtype).clamp_min(0) if network.input_dtype == torch.int64 else x
     with evaluating(network.module, *pieces(network)), torch.no_grad():
         whole = network.module(x)
         parts = x
@@ -137,7 +144,9 @@ def pieces(network: Network) -> tuple[nn.Module, ...]:
     return (*(unit.module for unit in network.units), network.head)
 
 
-def output_shapes(modules: Sequence[nn.Module], input_shape: tuple[int, ...], name: str) -> list[tuple[int, ...]]:
+def output_shapes(
+    modules: Sequence[nn.Module], input_shape: tuple[int, ...], name: str, dtype: torch.dtype = torch.float32
+) -> list[tuple[int, ...]]:
     """Output shape of each of `modules` run in sequence, without the batch; nothing is computed.
 
     Raises:
@@ -145,7 +154,7 @@ def output_shapes(modules: Sequence[nn.Module], input_shape: tuple[int, ...], na
     """
     shapes: list[tuple[int, ...]] = []
     with evaluating(*modules), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.empty(_PROBE_BATCH, *input_shape)
+        x = torch.empty(_PROBE_BATCH, *input_shape, dtype=dtype)
         for index, module in enumerate(modules):
             where = f"{name}: piece {index} ({type(module).__name__}) on input {tuple(x.shape)}"
             x = _probe(module, x, where)
@@ -190,7 +199,7 @@ def _probe(module: nn.Module, x: Tensor, where: str) -> Tensor:
 
 
 def _check_output(network: Network) -> None:
-    (shape,) = output_shapes([network.module], network.input_shape, network.name)
+    (shape,) = output_shapes([network.module], network.input_shape, network.name, network.input_dtype)
     if shape != (network.classes,):
         raise ExportError(
             f"{network.name}: input (N, {_join(network.input_shape)}) gives output (N, {_join(shape)}), expected "

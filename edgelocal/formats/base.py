@@ -17,7 +17,7 @@ from edgelocal.spec import InputSpec, TaskSpec
 
 Split: TypeAlias = Literal["train", "test"]
 Indices: TypeAlias = npt.NDArray[np.int64]
-Samples: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+Samples: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.float32] | npt.NDArray[np.int64]
 Labels: TypeAlias = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 
 
@@ -40,7 +40,9 @@ class Dataset(Protocol):
         """Number of samples."""
 
     def read(self, indices: Indices) -> Samples:
-        """Samples `indices`, each in 0..n-1: (k, *input shape), channels first; uint8 in 0..255, or finite float32.
+        """Samples `indices`, each in 0..n-1: (k, *input shape), channels first.
+
+        The values are uint8 in 0..255, finite float32, or int64 token ids.
 
         Raises:
             DataError: a sample cannot be read, has another size or is not finite; the message names it.

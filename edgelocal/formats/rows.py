@@ -145,6 +145,7 @@ class ArrayDataset:
     rows: Rows
     shape: tuple[int, ...]
     channels_last: bool
+    tokens: bool = False
 
     def __len__(self) -> int:
         return self.rows.count
@@ -156,6 +157,8 @@ class ArrayDataset:
         if self.channels_last:
             rows = np.moveaxis(rows, -1, 1)
         samples = rows.reshape(len(indices), *self.shape)
+        if self.tokens:
+            return samples.astype(np.int64, copy=False)
         return samples if samples.dtype == np.uint8 else self._finite(samples, indices)
 
     def _finite(self, samples: npt.NDArray[Any], indices: Indices) -> npt.NDArray[np.float32]:
@@ -175,8 +178,9 @@ def array_dataset(
 ) -> ArrayDataset:
     """Rows and their labels as a dataset for the input `spec`.
 
-    Rows may be uint8 or float, shaped as the input; (H, W) for an input (1, H, W) or (H*W,); or (H, W, C) with C of 1
-    or 3 for an input (C, H, W). Where both orders of the axes fit, channels come first.
+    Rows may be uint8 or float (integers for an input of token ids), shaped as the input; (H, W) for an input
+    (1, H, W) or (H*W,); or (H, W, C) with C of 1 or 3 for an input (C, H, W). Where both orders of the axes fit,
+    channels come first.
 
     Raises:
         DataError: no samples, another count of labels, another shape or dtype.
@@ -185,12 +189,15 @@ def array_dataset(
         raise DataError(f"{source} holds no samples; expected at least one")
     if len(labels) != rows.count:
         raise DataError(f"{source}: {len(labels)} labels for {rows.count} samples; expected one label a sample")
-    if rows.dtype != np.uint8 and rows.dtype.kind != "f":
+    tokens = spec.dtype == "int64"
+    if tokens and rows.dtype.kind not in "iu":
+        raise DataError(f"{source}: samples are {rows.dtype}, expected integers (token ids): convert them with astype")
+    if not tokens and rows.dtype != np.uint8 and rows.dtype.kind != "f":
         raise DataError(
             f"{source}: samples are {rows.dtype}, expected uint8 (0..255) or float: convert them with numpy's astype"
         )
     channels_last = _is_channels_last(rows.shape, spec.shape, source)
-    return ArrayDataset(source, classes, labels, rows, spec.shape, channels_last)
+    return ArrayDataset(source, classes, labels, rows, spec.shape, channels_last, tokens)
 
 
 def check_indices(indices: Indices, count: int) -> None:

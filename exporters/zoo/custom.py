@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from edgelocal.errors import ExportError
@@ -43,7 +44,7 @@ _NORMS = (
 )
 
 
-def build(reference: str, input_shape: tuple[int, ...], classes: int) -> Network:
+def build(reference: str, input_shape: tuple[int, ...], classes: int, dtype: torch.dtype = torch.float32) -> Network:
     """`package.module:callable` or `file.py:callable` -> Network.
 
     The callable is given what its signature accepts of `classes=` and `input_shape=`.
@@ -52,23 +53,25 @@ def build(reference: str, input_shape: tuple[int, ...], classes: int) -> Network
         ExportError: the reference leads nowhere, the callable fails, or its result is no usable module.
     """
     module = _call(_find(reference), reference, {"classes": classes, "input_shape": input_shape})
-    return from_module(module, reference, input_shape, classes)
+    return from_module(module, reference, input_shape, classes, dtype)
 
 
-def from_module(module: nn.Module, name: str, input_shape: tuple[int, ...], classes: int) -> Network:
+def from_module(
+    module: nn.Module, name: str, input_shape: tuple[int, ...], classes: int, dtype: torch.dtype = torch.float32
+) -> Network:
     """The module as units, as described above.
 
     Raises:
         ExportError: `edgelocal_units` returns something else, or a piece does not run on the one before it.
     """
     parts = _declared(module, name) or _children(module) or [("all", module), ("head", nn.Identity())]
-    shapes = output_shapes([part for _, part in parts], input_shape, name)
+    shapes = output_shapes([part for _, part in parts], input_shape, name, dtype)
     inputs = [input_shape, *shapes]
     units = tuple(
         Unit(label, part, _width(name, label, shape), _fresh_for(part, before, shape))
         for (label, part), before, shape in zip(parts[:-1], inputs, shapes, strict=False)
     )
-    return Network(name, module, units, parts[-1][1], pooled_linear, input_shape, classes)
+    return Network(name, module, units, parts[-1][1], pooled_linear, input_shape, classes, input_dtype=dtype)
 
 
 def _find(reference: str) -> Callable[..., Any]:
