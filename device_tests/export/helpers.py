@@ -33,14 +33,23 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def relative_error(found: Array, expected: Array) -> float:
-    """Largest difference over the largest expected value; where all are zero, the largest found."""
-    if found.shape != expected.shape:
-        raise AssertionError(f"shape {found.shape}, expected {expected.shape}")
-    if expected.size == 0:
-        return 0.0
-    scale = float(np.abs(expected).max())
-    return float(np.abs(found.astype(np.float64) - expected).max()) / (scale if scale > 0 else 1.0)
+def largest(array: Array) -> float:
+    """The largest magnitude."""
+    return float(np.abs(array).max()) if array.size else 0.0
+
+
+def relative_errors(found: Arrays, expected: Arrays) -> dict[str, float]:
+    """Largest difference over the largest expected value of each tensor.
+
+    A gradient that is 0 but for rounding (a shift in front of a batch norm) is measured by 3 % of the largest one.
+    """
+    floor = 0.03 * max([largest(a) for name, a in expected.items() if name.startswith("grad/")], default=0.0)
+    errors = {}
+    for name, value in expected.items():
+        assert found[name].shape == value.shape, name
+        scale = max(largest(value), floor if name.startswith("grad/") else 0.0) or 1.0
+        errors[name] = largest(found[name].astype(np.float64) - value) / scale
+    return errors
 
 
 class Probe(nn.Module):
@@ -54,6 +63,7 @@ class Probe(nn.Module):
         super().__init__()
         self.body = body
         self.floating = floating
+        self.target: Tensor
         self.register_buffer("target", torch.randn(1, *outputs))
         if floating:
             self.scale = nn.Parameter(1 + 0.1 * torch.randn(1, *shape))
@@ -125,11 +135,12 @@ def check(
     batches: Sequence[int] = (5, 1, 3),
     dtype: torch.dtype = torch.float32,
     draw: Callable[[tuple[int, ...]], Tensor] = torch.randn,
-    tolerance: float = 1e-5,
 ) -> onnx.ModelProto:
     """Output, all gradients and all changed buffers of `body` against eager PyTorch in float64, from one graph.
 
-    The batches are steps: buffers changed by one are those of the next. Returns the model.
+    The error of each tensor is at most 1e-5; or, where float32 cannot do better (a slope that is saturated, a variance
+    of three values), 5 times that of eager PyTorch in float32 and never above 1e-3. The batches are steps: buffers
+    changed by one are those of the next. Returns the model.
     """
     with torch.no_grad():
         for parameter in body.parameters():
@@ -138,7 +149,7 @@ def check(
     probe = Probe(body, shape, outputs, dtype.is_floating_point)
     graph = lowered(probe, shape, dtype)
     state = {name: tensor.detach().numpy() for name, tensor in probe.state_dict().items()}
-    reference = copy.deepcopy(probe).double()
+    reference, single = copy.deepcopy(probe).double(), copy.deepcopy(probe)
     runtime = session(graph.model)
     known = {i.name for i in runtime.get_inputs()}
     for batch in batches:
@@ -147,8 +158,10 @@ def check(
         feeds = {"x": x.numpy(), **masks, **{name: state[name] for name in graph.state}}
         found = dict(zip(graph.outputs, runtime.run(None, {k: v for k, v in feeds.items() if k in known}), strict=True))
         expected = eager(reference, x, list(masks.values()), graph.outputs)
-        errors = {name: relative_error(found[name], expected[name]) for name in graph.outputs}
-        assert max(errors.values()) <= tolerance, f"batch {batch}: {errors}"
+        errors = relative_errors(found, expected)
+        usual = relative_errors(eager(single, x, list(masks.values()), graph.outputs), expected)
+        over = {n: (e, usual[n]) for n, e in errors.items() if not e <= min(max(1e-5, 5 * usual[n]), 1e-3)}
+        assert not over, f"batch {batch}: (error, eager float32's) {over}"
         state |= {name.removeprefix("new/"): value for name, value in found.items() if name.startswith("new/")}
     return graph.model
 
@@ -159,11 +172,11 @@ def random_mask(batch: int, size: Sequence[int | str], keep: float) -> Array:
     return np.random.default_rng(batch).random(shape) < keep
 
 
-def eager(probe: nn.Module, x: Tensor, masks: Sequence[Array], names: Sequence[str]) -> Arrays:
+def eager(probe: Probe, x: Tensor, masks: Sequence[Array], names: Sequence[str]) -> Arrays:
     """The same values from PyTorch's autograd in the probe's dtype."""
     probe.zero_grad()
     with given(masks):
-        loss, out = probe(x.double() if x.is_floating_point() else x)
+        loss, out = probe(x.to(probe.target.dtype) if x.is_floating_point() else x)
     loss.backward()
     result = {"loss": loss.detach().numpy(), "out": out.numpy()}
     for name, parameter in probe.named_parameters():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import check, lowered, Probe, session
+from helpers import Probe, check, lowered, session
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -66,7 +66,7 @@ def test_batch_norm_of_maps_takes_a_batch_of_one() -> None:
 
 def test_batch_norm_far_from_zero() -> None:
     # The variance as E x^2 - (E x)^2 would lose all its digits here.
-    check(nn.BatchNorm2d(3), (3, 5, 5), batches=(6, 4), draw=lambda s: 300 + torch.randn(s), tolerance=3e-4)
+    check(nn.BatchNorm2d(3), (3, 5, 5), batches=(6, 4), draw=lambda s: 300 + torch.randn(s))
 
 
 def test_new_running_variance_is_unbiased() -> None:
@@ -92,12 +92,9 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "instance norm": (nn.InstanceNorm2d(4), (4, 5, 3)),
     "instance norm, affine": (nn.InstanceNorm2d(4, affine=True), (4, 5, 3)),
     "rms norm": (nn.RMSNorm(6, eps=1e-5), (4, 6)),
-    "local response norm": (nn.LocalResponseNorm(3), (6, 4, 4)),
-    "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), (5,)),
     "linear": (nn.Linear(5, 4), (5,)),
     "linear without bias": (nn.Linear(5, 4, bias=False), (5,)),
     "linear on tokens": (nn.Linear(5, 4), (3, 5)),
-    "bilinear": (Function(lambda x: functional.bilinear(x, x, torch.ones(3, 5, 5))), (5,)),
     "max pool": (nn.MaxPool2d(2), (3, 6, 8)),
     "max pool that overlaps": (nn.MaxPool2d(3, 2, 1), (3, 7, 8)),
     "max pool, ceil": (nn.MaxPool2d(3, 2, ceil_mode=True), (3, 6, 8)),
@@ -139,9 +136,9 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "constant pad": (nn.ConstantPad2d((1, 2, 0, 3), 1.5), (2, 4, 5)),
     "reflection pad": (nn.ReflectionPad2d((1, 2, 0, 3)), (2, 4, 5)),
     "reflection pad 1d": (nn.ReflectionPad1d((1, 2)), (2, 5)),
+    "replication pad 1d": (nn.ReplicationPad1d((1, 2)), (2, 5)),
     "replication pad": (nn.ReplicationPad2d((1, 2, 0, 3)), (2, 4, 5)),
     "residual": (nn.Sequential(nn.Conv2d(3, 3, 1), Function(lambda x: x + torch.relu(x) * 0.5)), (3, 4, 5)),
-    "lstm": (Function(nn.LSTM(4, 3, batch_first=True).double().float()), (5, 4)),
 }
 
 
@@ -244,7 +241,7 @@ ATTENTION: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize(("module", "shape"), ATTENTION.values(), ids=list(ATTENTION))
 def test_attention(module: nn.Module, shape: tuple[int, ...]) -> None:
-    check(module, shape, tolerance=2e-5)
+    check(module, shape)
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 2}], ids=["plain", "padding"])
@@ -290,7 +287,6 @@ class StochasticDepth(nn.Module):
 
 DROPS: dict[str, nn.Module] = {
     "dropout": nn.Dropout(0.3),
-    "dropout of all": nn.Dropout(1.0),
     "dropout of none": nn.Dropout(0.0),
     "twice": nn.Sequential(nn.Dropout(0.3), nn.Linear(5, 5), nn.Dropout(0.6)),
     "channels": nn.Dropout1d(0.4),

@@ -37,6 +37,7 @@ aten = torch.ops.aten
 
 # Part of PyTorch's core set and so not decomposed by default; their decompositions use only operators lowered here.
 EXTRA_DECOMPOSITIONS = (
+    aten.elu.default,
     aten.native_layer_norm.default,
     aten.native_layer_norm_backward.default,
     aten.native_group_norm.default,
@@ -56,6 +57,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """PyTorch's own decompositions, without the operators that are lowered directly."""
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
     table.update({overload: decomposition_table[overload] for overload in EXTRA_DECOMPOSITIONS})
+    table[aten.constant_pad_nd.default] = shapes.padded
     return {overload: function for overload, function in table.items() if overload not in REGISTRY}
 
 

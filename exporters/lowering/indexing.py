@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from edgelocal.exporters.lowering.registry import UnsupportedOperatorError, lowers
-from edgelocal.exporters.onnx_graph import GraphBuilder, Scalar, Value, fixed
+from edgelocal.exporters.onnx_graph import Dim, GraphBuilder, Scalar, Value, fixed
 
 aten = torch.ops.aten
 
@@ -27,13 +28,23 @@ def embedding_backward(
     if scale_by_freq:
         raise UnsupportedOperatorError(str(node.target), "scale_grad_by_freq")
     width = fixed(grad.shape[-1])
-    rows = b.op("Reshape", grad.name, b.ints([-1, width]))
-    places = b.op("Reshape", indices.name, b.ints([-1, 1]))
-    zeros = b.op("Expand", b.scalar(0.0, grad.dtype), b.ints([count, width]))
+    columns = b.op("Transpose", b.op("Reshape", grad.name, b.ints([-1, width])), perm=[1, 0])
+    places = b.op("Reshape", indices.name, b.ints([-1]))
+    zeros = b.op("Expand", b.scalar(0.0, grad.dtype), b.ints([width, count]))
     if padding >= 0:
         real = b.op("Not", b.op("Equal", places, b.scalar(padding, torch.int64)))
-        rows = b.op("Mul", rows, b.cast(real, torch.bool, grad.dtype))
-    return b.op("ScatterND", zeros, places, rows, reduction="add")
+        columns = b.op("Mul", columns, b.cast(real, torch.bool, grad.dtype))
+    return b.op("Transpose", _scatter(b, zeros, places, columns, accumulate=True), perm=[1, 0])
+
+
+def _scatter(b: GraphBuilder, x: str, places: str, values: str, accumulate: bool) -> str:
+    """x (M, K) with values (M, P) written or added at places (P,) of the second axis.
+
+    Never ScatterND: ONNX Runtime adds in several threads without a lock, and gradients of an index that occurs twice
+    get lost. ScatterElements is sequential.
+    """
+    wide = b.op("Expand", b.op("Unsqueeze", places, b.ints([0])), b.op("Shape", values))
+    return b.op("ScatterElements", x, wide, values, axis=1, reduction="add" if accumulate else None)
 
 
 @lowers(aten.gather.default)
@@ -53,33 +64,64 @@ def index_select(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Valu
 
 @lowers(aten.index.Tensor)
 def index(b: GraphBuilder, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> str:
-    """x[..., i, ...] with one index tensor, or x[i, j, ...] with several on the leading axes."""
-    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
-    if any(i.dtype == torch.bool for _, i in given):
-        raise UnsupportedOperatorError(str(node.target), "a mask as an index gives a size that depends on the data")
-    if len(given) == 1:
-        axis, only = given[0]
-        return b.op("Gather", x.name, only.name, axis=axis)
-    if [axis for axis, _ in given] != list(range(len(given))):
-        raise UnsupportedOperatorError(str(node.target), "several indices that are not on the leading axes")
-    return b.op("GatherND", x.name, _stacked(b, node, [i for _, i in given]))
+    """x[..., i, j, ...] with one index tensor or several on adjacent axes."""
+    place = _place(b, node, x, indices)
+    merged = b.reshape(x.name, place.merged) if place.several else x.name
+    return b.op("Gather", merged, place.index, axis=place.axis)
 
 
 @lowers(aten.index_put.default)
 def index_put(
     b: GraphBuilder, node: fx.Node, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool = False
 ) -> str:
-    """Write or add `values` at the given places of the leading axes."""
-    given = [i for i in indices if i is not None]
-    if len(given) != len(indices) or any(i.dtype == torch.bool for i in given):
-        raise UnsupportedOperatorError(str(node.target), "indices that are masks or not on the leading axes")
-    return b.op("ScatterND", x.name, _stacked(b, node, given), values.name, reduction="add" if accumulate else None)
+    """Write or add `values` at the given places: with the indexed axes merged and moved to the end."""
+    place = _place(b, node, x, indices)
+    before, after = place.merged[: place.axis], place.merged[place.axis + 1 :]
+    rows, size = math.prod((*before, *after)), place.merged[place.axis]
+    count, inner = len(before), len(place.shape)
+    wide = b.op("Expand", values.name, b.shape((*before, *place.shape, *after)))
+    last = [*range(count), *range(count + inner, count + inner + len(after)), *range(count, count + inner)]
+    source = b.reshape(b.op("Transpose", wide, perm=last), [rows, math.prod(place.shape)])
+    order = [*range(count), *range(count + 1, count + 1 + len(after)), count]
+    moved = b.op("Transpose", b.reshape(x.name, place.merged), perm=order)
+    result = _scatter(
+        b, b.reshape(moved, [rows, size]), b.op("Reshape", place.index, b.ints([-1])), source, accumulate
+    )
+    split = b.reshape(result, [*before, *after, size])
+    return b.reshape(b.op("Transpose", split, perm=[order.index(i) for i in range(len(order))]), x.shape)
 
 
-def _stacked(b: GraphBuilder, node: fx.Node, indices: Sequence[Value]) -> str:
-    shape = torch.broadcast_shapes(*(i.shape for i in indices))  # type: ignore[no-untyped-call]  # untyped in torch
-    wide = [i.name if tuple(i.shape) == tuple(shape) else b.op("Expand", i.name, b.shape(shape)) for i in indices]
-    return b.op("Concat", *(b.op("Unsqueeze", w, b.ints([-1])) for w in wide), axis=-1)
+class _Place(NamedTuple):
+    """Index tensors on adjacent axes as one index into those axes merged."""
+
+    index: str
+    shape: tuple[Dim, ...]  # of the index
+    axis: int
+    merged: tuple[Dim, ...]  # shape of x with the indexed axes merged
+    several: bool
+
+
+def _place(b: GraphBuilder, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> _Place:
+    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+    if any(i.dtype == torch.bool for _, i in given):
+        raise UnsupportedOperatorError(str(node.target), "a mask as an index gives a size that depends on the data")
+    axes = [axis for axis, _ in given]
+    first, last = axes[0], axes[-1] + 1
+    if axes != list(range(first, last)):
+        raise UnsupportedOperatorError(str(node.target), "several indices that are not on adjacent axes")
+    shape: tuple[Dim, ...] = tuple(torch.broadcast_shapes(*(i.shape for _, i in given)))
+    merged = (*x.shape[:first], math.prod(x.shape[first:last]), *x.shape[last:])
+    return _Place(_merged_index(b, x, given), shape, first, merged, len(given) > 1)
+
+
+def _merged_index(b: GraphBuilder, x: Value, given: Sequence[tuple[int, Value]]) -> str:
+    """((i0 n1 + i1) n2 + i2) ..., each counted from the front."""
+    total = ""
+    for axis, i in given:
+        size = b.scalar(x.shape[axis], torch.int64)
+        counted = b.op("Mod", b.cast(i.name, i.dtype, torch.int64), size)
+        total = b.op("Add", b.op("Mul", total, size), counted) if total else counted
+    return total
 
 
 @lowers(aten.nll_loss_forward.default)
@@ -142,7 +184,13 @@ def bernoulli(b: GraphBuilder, node: fx.Node, x: Value, p: float = 0.5, *, gener
     return b.cast(b.mask(x.shape, keep=float(p)), torch.bool, x.dtype)
 
 
-@lowers(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
+@lowers(
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.empty_strided.default,
+    aten.new_empty_strided.default,
+)
 def empty(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
     # What is in an empty tensor is never read; the random fill that follows only takes its shape.
     fake = node.meta["val"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,30 @@ def _shape(node: fx.Node) -> tuple[Dim, ...]:
 )
 def reshape(b: GraphBuilder, node: fx.Node, x: Value, *args: Any) -> str:
     return b.reshape(x.name, _shape(node))
+
+
+@lowers(aten.as_strided.default)
+def as_strided(
+    b: GraphBuilder, node: fx.Node, x: Value, sizes: Sequence[Dim], strides: Sequence[Dim], offset: Dim | None = None
+) -> str:
+    """Where all of a contiguous tensor is read in order, a reshape."""
+    source, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]  # the first argument is x
+    same_size = expression(math.prod(source.shape)) == expression(math.prod(result.shape))
+    if not (same_size and not offset and _contiguous(source) and _contiguous(result)):
+        raise UnsupportedOperatorError(str(node.target), "strides that are more than another shape")
+    return b.reshape(x.name, _shape(node))
+
+
+def _contiguous(fake: torch.Tensor) -> bool:
+    strides = [expression(math.prod(fake.shape[axis + 1 :])) for axis in range(fake.dim())]
+    return [expression(s) for s in fake.stride()] == strides
+
+
+@lowers(aten.copy.default)
+def copy(b: GraphBuilder, node: fx.Node, x: Value, source: Value, non_blocking: bool = False) -> str:
+    value = b.cast(source.name, source.dtype, x.dtype)
+    same = [expression(s) for s in source.shape] == [expression(s) for s in x.shape]
+    return value if same else b.op("Expand", value, b.shape(x.shape))
 
 
 @lowers(aten.permute.default)
@@ -166,12 +191,17 @@ def flip(b: GraphBuilder, node: fx.Node, x: Value, dims: Sequence[int]) -> str:
     return b.slice(x.name, [-1] * len(axes), [-END] * len(axes), axes, [-1] * len(axes))
 
 
-@lowers(aten.constant_pad_nd.default)
-def constant_pad(b: GraphBuilder, node: fx.Node, x: Value, amounts: Sequence[int], value: Scalar = 0) -> str:
-    before, after = [0] * x.rank, [0] * x.rank
+def padded(x: torch.Tensor, amounts: Sequence[int], value: Scalar = 0) -> torch.Tensor:
+    """constant_pad_nd as slices and concatenations: PyTorch's own would fix the batch size of the trace."""
     for i in range(len(amounts) // 2):  # PyTorch lists the last axis first
-        before[x.rank - 1 - i], after[x.rank - 1 - i] = int(amounts[2 * i]), int(amounts[2 * i + 1])
-    return b.pad(x.name, before, after, float(value))
+        axis = x.dim() - 1 - i
+        before, after = amounts[2 * i], amounts[2 * i + 1]
+        x = x.narrow(axis, max(-before, 0), x.shape[axis] - max(-before, 0) - max(-after, 0))
+        shape = list(x.shape)
+        filled = [x.new_full([*shape[:axis], n, *shape[axis + 1 :]], value) if n > 0 else None for n in (before, after)]
+        parts = [part for part in (filled[0], x, filled[1]) if part is not None]
+        x = torch.cat(parts, axis) if len(parts) > 1 else x
+    return x
 
 
 @lowers(aten.full.default, aten.full_like.default, aten.new_full.default)

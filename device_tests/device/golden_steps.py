@@ -1,0 +1,25 @@
+"""Twenty steps of the golden bundle `residual` on data that every machine computes alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from edgelocal.augment import uniform
+from edgelocal.tensors import Array
+
+EXPECTED = Path(__file__).parent / "golden" / "expected.json"
+STEPS, BATCH, LR = 20, 16, 0.02
+
+
+def batches() -> Iterator[tuple[Array, Array]]:
+    """(x (16, 1, 8, 8) float32, y (16,) int64) of every step: noise, and a brighter quarter for each class."""
+    for step in range(STEPS):
+        draws = uniform(7, step, np.arange(BATCH * 64, dtype=np.uint64), stream=99)
+        x = (draws.reshape(BATCH, 1, 8, 8) - 0.5).astype(np.float32)
+        y = np.arange(BATCH, dtype=np.int64) % 4
+        for image, c in zip(x[:, 0], y, strict=True):
+            image[4 * (c // 2) : 4 * (c // 2) + 4, 4 * (c % 2) : 4 * (c % 2) + 4] += 1
+        yield x, y
