@@ -113,10 +113,11 @@ def _read(path: Path, size: int, exact: bool = False) -> bytes:
         raise BundleError(f"{path} is missing; copy the bundle again") from None
     except OSError as error:
         raise BundleError(f"{path} cannot be opened ({error.strerror}); a bundle holds plain files, no links") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise BundleError(f"{path} is not a regular file; copy the bundle again")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise BundleError(f"{path} is not a regular file; copy the bundle again")
         wrong = status.st_size != size if exact else status.st_size > size
         if wrong:
             raise BundleError(

@@ -138,8 +138,9 @@ def bind(model: bytes, weights: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) ->
 
 
 def _rename_node(node: bytes, names: Mapping[str, str]) -> bytes:
+    # Inputs, outputs and the node's own name, which a runtime wants to be unique too.
     return render(
-        (number, kind, names.get(value.decode(), value.decode()).encode() if number in (1, 2) else value)
+        (number, kind, names.get(value.decode(), value.decode()).encode() if number in (1, 2, 3) else value)
         for number, kind, value in fields(node)
     )
 

@@ -170,7 +170,7 @@ def test_bytes_that_are_no_manifest_are_refused(data: bytes, message: str) -> No
 
 def test_a_value_over_the_largest_float_is_refused() -> None:
     text = WHOLE[DROPOUT].replace(b'"lr":0.01', b'"lr":1e999')
-    with pytest.raises(BundleError, match="defaults.lr: expected a finite number, found 'inf'"):
+    with pytest.raises(BundleError, match=r"defaults\.lr: expected a finite number, found 'inf'"):
         parse_manifest(text)
 
 
@@ -187,7 +187,7 @@ def test_a_duplicate_among_many_keys_is_found_quickly() -> None:
 
 
 def parsed_or_refused(data: bytes) -> Manifest | None:
-    """Anything but a manifest or a BundleError fails the test that called; a manifest must survive its own rendering."""
+    """Anything but a manifest or a BundleError fails the test that called; a manifest must survive rendering."""
     try:
         manifest = parse_manifest(data)
     except BundleError:

@@ -1,0 +1,98 @@
+"""Joining graphs and binding weights on the level of the file format, checked by ONNX Runtime."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from device_tests.device.runs import DROPOUT, RESIDUAL
+from edgelocal.bundle import Bundle, open_bundle
+from edgelocal.errors import BundleError
+from edgelocal.onnx_wire import bind, compose, fields, put_together, render, take_apart
+from edgelocal.tensors import Array
+
+
+def run(model: bytes, feeds: dict[str, Array]) -> Array:
+    """The first output of a model on those of the feeds that it wants."""
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    wanted = {i.name for i in session.get_inputs()}
+    result: Array = session.run(None, {k: v for k, v in feeds.items() if k in wanted})[0]
+    return result
+
+
+def all_weights(bundle: Bundle) -> dict[str, Array]:
+    return {name: a for block in bundle.manifest.blocks for name, a in bundle.weights(block).items()}
+
+
+def samples(bundle: Bundle) -> Array:
+    return np.random.default_rng(0).normal(size=(5, *bundle.manifest.input.shape)).astype(np.float32)
+
+
+def chained(bundle: Bundle, x: Array, last: int) -> Array:
+    """The forward graphs one after the other, each in a session of its own."""
+    for block in bundle.manifest.blocks[: last + 1]:
+        x = run(bundle.read(block.forward.file), {"x": x, **bundle.weights(block)})
+    return x
+
+
+@pytest.mark.parametrize("folder", [RESIDUAL, DROPOUT])
+def test_taking_apart_and_putting_together_changes_no_field(folder: Path) -> None:
+    for path in folder.rglob("*.onnx"):
+        model = path.read_bytes()
+        assert render(fields(model)) == model
+        again = put_together(take_apart(model))
+        assert len(again) == len(model)
+        assert take_apart(again) == take_apart(model)
+
+
+@pytest.mark.parametrize("folder", [RESIDUAL, DROPOUT])
+def test_predict_is_the_blocks_in_a_row(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    x = samples(bundle)
+    predicted = run(bundle.read("predict.onnx"), {"x": x, **all_weights(bundle)})
+    np.testing.assert_allclose(predicted, chained(bundle, x, len(bundle.manifest.blocks) - 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("exit_block", [0, 1])
+def test_an_early_exit_is_the_blocks_and_the_head_in_a_row(exit_block: int) -> None:
+    bundle = open_bundle(RESIDUAL)
+    x = samples(bundle)
+    blocks = bundle.manifest.blocks
+    head = blocks[exit_block].head
+    assert head is not None
+    models = [bundle.read(b.forward.file) for b in blocks[: exit_block + 1]] + [bundle.read(head.file)]
+    bound = bind(compose(models), all_weights(bundle))
+    h = chained(bundle, x, exit_block)
+    expected = run(bundle.read(head.file), {"h": h, **bundle.weights(blocks[exit_block])})
+    np.testing.assert_allclose(run(bound, {"x": x}), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bound_model_wants_only_x_and_any_batch() -> None:
+    bundle = open_bundle(RESIDUAL)
+    session = onnxruntime.InferenceSession(bind(bundle.read("predict.onnx"), all_weights(bundle)))
+    assert [i.name for i in session.get_inputs()] == ["x"]
+    assert [o.name for o in session.get_outputs()] == ["logits"]
+    for batch in (1, 3):
+        x = np.zeros((batch, *bundle.manifest.input.shape), dtype=np.float32)
+        assert session.run(None, {"x": x})[0].shape == (batch, bundle.manifest.task.classes)
+
+
+def test_a_missing_weight_is_named() -> None:
+    bundle = open_bundle(RESIDUAL)
+    with pytest.raises(BundleError, match="the model wants 'param/"):
+        bind(bundle.read("predict.onnx"), {})
+
+
+@given(st.data())
+def test_damaged_bytes_give_only_our_error(data: st.DataObject) -> None:
+    model = bytearray((RESIDUAL / "blocks/00/forward.onnx").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        model[data.draw(st.integers(0, len(model) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(BundleError):
+        take_apart(bytes(model[: data.draw(st.integers(0, len(model)))]))
