@@ -75,19 +75,26 @@ def render(parts: Iterable[Field]) -> bytes:
 
 
 def take_apart(model: bytes) -> Graph:
-    """Model bytes -> Graph."""
+    """Model bytes -> Graph.
+
+    Raises:
+        BundleError: no ONNX model with inputs and outputs.
+    """
     shell = tuple(fields(model))
-    graphs = [value for number, _, value in shell if number == MODEL_GRAPH]
+    graphs = [_bytes(f) for f in shell if f[0] == MODEL_GRAPH]
     if len(graphs) != 1:
         raise BundleError(f"an ONNX file holds {len(graphs)} graphs, expected one; export the bundle again")
     parts = tuple(fields(graphs[0]))
 
     def all_of(number: int) -> tuple[bytes, ...]:
-        return tuple(value for n, _, value in parts if n == number)
+        return tuple(_bytes(f) for f in parts if f[0] == number)
 
     rest = tuple(f for f in parts if f[0] not in (NODE, INITIALIZER, INPUT, OUTPUT))
     around = tuple(f for f in shell if f[0] != MODEL_GRAPH)
-    return Graph(around, all_of(NODE), all_of(INITIALIZER), all_of(INPUT), all_of(OUTPUT), rest)
+    graph = Graph(around, all_of(NODE), all_of(INITIALIZER), all_of(INPUT), all_of(OUTPUT), rest)
+    if not graph.inputs or not graph.outputs:
+        raise BundleError("an ONNX file has no inputs or no outputs; export the bundle again")
+    return graph
 
 
 def put_together(graph: Graph) -> bytes:
@@ -140,13 +147,26 @@ def bind(model: bytes, weights: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) ->
 def _rename_node(node: bytes, names: Mapping[str, str]) -> bytes:
     # Inputs, outputs and the node's own name, which a runtime wants to be unique too.
     return render(
-        (number, kind, names.get(value.decode(), value.decode()).encode() if number in (1, 2, 3) else value)
-        for number, kind, value in fields(node)
+        (f[0], f[1], names.get(_text(f), _text(f)).encode() if f[0] in (1, 2, 3) else f[2]) for f in fields(node)
     )
 
 
 def _name(value_info: bytes) -> str:
-    return next((value.decode() for number, _, value in fields(value_info) if number == 1), "")
+    return next((_text(f) for f in fields(value_info) if f[0] == 1), "")
+
+
+def _text(field: Field) -> str:
+    try:
+        return _bytes(field).decode()
+    except UnicodeDecodeError:
+        raise BundleError(f"an ONNX file is damaged: {field[2][:32]!r} is no name; copy the bundle again") from None
+
+
+def _bytes(field: Field) -> bytes:
+    if field[1] != BYTES:
+        raise BundleError(f"an ONNX file is damaged: field {field[0]} has wire type {field[1]}; copy the bundle again")
+    value: bytes = field[2]
+    return value
 
 
 def _tensor(name: str, array: np.ndarray[Any, np.dtype[Any]]) -> bytes:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import types
 import typing
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from edgelocal.errors import BundleError
@@ -193,6 +196,7 @@ def parse_manifest(data: bytes) -> Manifest:
         raise BundleError(f"manifest.json has {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}")
     try:
         raw = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        json.dumps(raw, ensure_ascii=False).encode()  # half of a surrogate pair is no text and names no file
     except (ValueError, RecursionError) as error:
         raise BundleError(f"manifest.json is not valid JSON ({error}); export the bundle again") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -225,15 +229,18 @@ def decode(kind: Any, raw: Any, where: str) -> Any:
         _expect(isinstance(raw, dict), where, "an object", raw)
         return {key: decode(arguments[1], value, f"{where}.{key}") for key, value in raw.items()}
     if kind is float:
-        _expect(type(raw) in (int, float) and math.isfinite(raw), where, "a finite number", raw)
+        _expect(type(raw) in (int, float) and abs(raw) <= sys.float_info.max, where, "a finite number", raw)
         return float(raw)
     _expect(type(raw) is kind, where, kind.__name__, raw)
     return raw
 
 
+_hints = cache(typing.get_type_hints)  # evaluating the annotations takes most of the time of reading a manifest
+
+
 def _decode_dataclass(kind: type[Any], raw: Any, where: str) -> Any:
     _expect(isinstance(raw, dict), where, "an object", raw)
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     unknown = sorted(set(raw) - set(hints))
     missing = sorted(set(hints) - set(raw))
     if unknown or missing:
@@ -254,8 +261,8 @@ def _decode_union(arguments: tuple[Any, ...], raw: Any, where: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"duplicate key {twice!r}")
     return result
 
 
@@ -267,6 +274,8 @@ def _expect(holds: bool, where: str, expected: str, found: Any) -> None:
 def _check(manifest: Manifest) -> None:
     """Rules that types cannot express."""
     _expect(len(manifest.blocks) > 0, "manifest.blocks", "at least one block", 0)
+    names = [block.name for block in manifest.blocks]
+    _expect(len(set(names)) == len(names), "manifest.blocks", "a name of its own for each block", names)
     graphs = [manifest.predict]
     for block in manifest.blocks:
         graphs += [g for g in (block.step, block.forward, block.head) if g is not None]
@@ -281,14 +290,14 @@ def _check(manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         _check_path(name)
         _expect(entry.size >= 0 and len(entry.sha256) == 64, name, "a size and a sha256", entry)
-    channels = manifest.input.shape[0] if manifest.input.shape else 0
-    _expect(channels > 0, "manifest.input.shape", "a positive shape", manifest.input.shape)
+    shape = manifest.input.shape
+    _expect(0 < len(shape) <= MAX_RANK and min(shape) > 0, "manifest.input.shape", "a positive shape", shape)
     widths = {len(manifest.input.mean), len(manifest.input.std)}
     _expect(all(s > 0 for s in manifest.input.std), "manifest.input.std", "positive deviations", manifest.input.std)
     _expect(
         manifest.input.dtype in ("float32", "int64"), "manifest.input.dtype", "float32 or int64", manifest.input.dtype
     )
-    _expect(widths <= {1, channels}, "manifest.input", f"1 or {channels} means and deviations", widths)
+    _expect(widths <= {1, shape[0]}, "manifest.input", f"1 or {shape[0]} means and deviations", widths)
 
 
 def _check_tensor(tensor: TensorSpec, where: str) -> None:

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from edgelocal.budget import format_size, parse_budget, rss_bytes
-from edgelocal.bundle import Bundle, open_bundle
+from edgelocal.bundle import Bundle, open_bundle, verify
 from edgelocal.config import TrainConfig
 from edgelocal.data import Split, has_split, open_dataset
 from edgelocal.device import describe
@@ -108,6 +108,7 @@ def train(request: TrainRequest, display: Display) -> dict[str, Any]:
     bundle = open_bundle(request.bundle)
     manifest = bundle.manifest
     request.config.check(manifest)
+    verify(bundle)  # damage is found now, not when the block's turn comes after hours
     data, validation = open_data(request.data, request.validation, manifest)
     threads = request.threads or describe().cores
     _check_fit(bundle, request.budget_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +26,17 @@ def test_golden_bundles_stay_readable(folder: Path) -> None:
 
 
 def test_every_flipped_bit_of_a_file_is_found(tmp_path: Path) -> None:
-    bundle = open_bundle(copy_bundle(RESIDUAL, tmp_path / "b"))
+    bundle = open_bundle(copy_bundle(DROPOUT, tmp_path / "b"))
     name = min(bundle.manifest.files, key=lambda n: bundle.manifest.files[n].size)
     path = bundle.folder / name
     whole = path.read_bytes()
-    for bit in range(8 * len(whole)):
-        damaged = bytearray(whole)
-        damaged[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(damaged)
-        with pytest.raises(BundleError, match="is damaged"):
-            bundle.read(name)
-    path.write_bytes(whole)
+    with path.open("r+b", buffering=0) as file:
+        for bit in range(8 * len(whole)):
+            at = bit // 8
+            os.pwrite(file.fileno(), bytes([whole[at] ^ 1 << bit % 8]), at)
+            with pytest.raises(BundleError, match="is damaged"):
+                bundle.read(name)
+            os.pwrite(file.fileno(), whole[at : at + 1], at)
     assert bundle.read(name) == whole
 
 
@@ -59,6 +60,9 @@ def test_a_flipped_bit_anywhere_in_a_large_file_is_found(tmp_path: Path) -> None
         (lambda p: p.unlink(), "is missing"),
         (lambda p: (p.rename(p.with_suffix(".real")), p.symlink_to(p.with_suffix(".real"))), "no links"),
         (lambda p: (p.unlink(), p.mkdir()), "not a regular file"),
+        (lambda p: (p.unlink(), os.mkfifo(p)), "not a regular file"),
+        (lambda p: (p.parent.rename(p.parents[2] / "x"), p.parent.symlink_to(p.parents[2] / "x")), "00 is a link"),
+        (lambda p: (p.parents[1] / "02" / "more").symlink_to(p.parent), "does not list: blocks/02/more"),
     ],
 )
 def test_truncated_extended_missing_linked_or_odd_files_are_refused(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import task
 
+from device_tests.device.runs import task
 from edgelocal.scores import Score, score
 
 LOG2, LOG3 = math.log(2), math.log(3)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import DROPOUT, RESIDUAL
 
+from device_tests.device.runs import DROPOUT, RESIDUAL
 from edgelocal.errors import BundleError
 from edgelocal.spec import (
     MAX_MANIFEST_BYTES,

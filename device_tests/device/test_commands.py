@@ -1,0 +1,127 @@
+"""The real commands, from training to the finished model, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from device_tests.device.runs import RESIDUAL, answer, command, copy_bundle, last_state, write_data
+from edgelocal.data import open_dataset, prepare
+from edgelocal.spec import parse_manifest
+from edgelocal.tensors import decode
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
+    """(run folder, data, report) of a short training by the command."""
+    folder = tmp_path_factory.mktemp("commands")
+    data = write_data(folder / "d.npz", RESIDUAL)
+    report = answer("train", RESIDUAL, "--data", data, "--out", folder / "run", "--epochs", 12, "--no-augment")
+    return folder / "run", data, report
+
+
+def test_train_reports_and_writes_what_it_did(run: tuple[Path, Path, dict[str, Any]]) -> None:
+    folder, _, report = run
+    assert report == json.loads((folder / "report.json").read_text())
+    assert [b["name"] for b in report["blocks"]] == ["00", "01", "02"]
+    assert report["steps"] == 12 * 3
+    assert report["process_peak_bytes"] >= max(b["peak_bytes"] for b in report["blocks"]) > 20 << 20
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["blocks"]["02"]["loss"] < lines[0]["blocks"]["02"]["loss"]
+    assert report["validation"] == lines[-1]["validation"]
+    described = json.loads((folder / "run.json").read_text())
+    assert described["config"]["epochs"] == 12
+    assert described["runtime"]["onnxruntime"] == onnxruntime.__version__
+
+
+def test_train_shows_the_plan_and_plain_lines_without_a_terminal(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "d.npz", RESIDUAL)
+    done = command("train", RESIDUAL, "--data", data, "--out", tmp_path / "run", "--epochs", 2)
+    assert done.returncode == 0
+    for part in ("trained parameters", "onnxruntime", "interleaved, 2 epochs of 48 samples", "epoch 2: 00 loss"):
+        assert part in done.stderr
+    assert "\x1b" not in done.stderr + done.stdout
+    assert "local loss" in done.stdout
+
+
+def test_eval_agrees_with_the_report_at_every_exit(run: tuple[Path, Path, dict[str, Any]]) -> None:
+    folder, data, report = run
+    result = answer("eval", folder, "--data", data)
+    assert result["samples"] == 16
+    assert result["accuracy"] == report["validation"]["accuracy"]
+    for found, block in zip(result["exits"], report["blocks"], strict=True):
+        assert found["accuracy"] == block["validation"]["accuracy"]
+        assert found["loss"] == pytest.approx(block["validation"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("exit_block", [None, 0, 1, 2])
+def test_the_finished_model_has_the_accuracy_of_its_exit(
+    run: tuple[Path, Path, dict[str, Any]], tmp_path: Path, exit_block: int | None
+) -> None:
+    folder, data, report = run
+    extra = [] if exit_block is None else ["--exit-block", exit_block]
+    result = answer("finish", folder, "--out", tmp_path / "model", *extra)
+    assert result["exit_block"] == exit_block
+    manifest = parse_manifest((RESIDUAL / "manifest.json").read_bytes())
+    test = open_dataset(data, "test", manifest.input, manifest.task)
+    indices = np.arange(len(test))
+    x = prepare(test.read(indices), indices, input=manifest.input, augment=None, seed=0, epoch=0)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model" / "model.onnx"))
+    logits = session.run(None, {"x": x})[0]
+    expected = report["blocks"][2 if exit_block is None else exit_block]["validation"]["accuracy"]
+    assert (logits.argmax(1) == test.labels).mean() == pytest.approx(expected)
+
+
+def test_finished_weights_are_the_last_state_under_pytorchs_names(
+    run: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _, _ = run
+    answer("finish", folder, "--out", tmp_path / "model")
+    weights, metadata = decode((tmp_path / "model" / "weights.safetensors").read_bytes())
+    assert metadata == {"format": "pt"}
+    _, state = last_state(folder)
+    kept = {n.partition(":")[2].partition("/")[2]: a for n, a in state.items() if ":param/" in n or ":buf/" in n}
+    expected = {n: a for n, a in kept.items() if not n.startswith("aux/")}
+    assert weights.keys() == expected.keys()
+    assert all(weights[n].tobytes() == expected[n].tobytes() for n in expected)
+    assert "parts.a.bn1.running_var" in weights
+
+
+def test_a_moved_bundle_is_given_by_name(run: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, data, report = run
+    moved = copy_bundle(RESIDUAL, tmp_path / "moved")
+    result = answer("eval", folder, "--data", data, "--bundle", moved)
+    assert result["accuracy"] == report["validation"]["accuracy"]
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(run: tuple[Path, Path, dict[str, Any]]) -> None:
+    folder, data, report = run
+    before = last_state(folder)[0]["position"]
+    again = answer("train", RESIDUAL, "--data", data, "--out", folder, "--epochs", 12, "--no-augment")
+    assert last_state(folder)[0]["position"] == before
+    assert again["validation"] == report["validation"]
+
+
+def test_inspect_verify_and_doctor() -> None:
+    info = answer("inspect", RESIDUAL)
+    assert [b["units"] for b in info["blocks"]] == [["a"], ["b"], ["c"]]
+    assert info["blocks"][2]["parameters"]["auxiliary"] == 0 < info["blocks"][0]["parameters"]["auxiliary"]
+    assert answer("verify", RESIDUAL)["whole"] is True
+    doctor = answer("doctor")
+    assert doctor["device"]["cores"] >= 1
+    assert doctor["problems"] == []
+    assert 'pip install "edgelocal' in command("doctor").stdout
+
+
+def test_version_and_help_of_every_command() -> None:
+    assert command("--version").stdout.startswith("edgelocal, version")
+    for name in ("export", "inspect", "verify", "train", "eval", "finish", "doctor", "demo"):
+        done = command(name, "--help")
+        assert done.returncode == 0
+        assert "--json" in done.stdout
