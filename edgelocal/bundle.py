@@ -36,7 +36,11 @@ class Bundle:
         expected = self.manifest.files.get(name)
         if expected is None:
             raise BundleError(f"{self.folder}: {name} is not listed in {MANIFEST}")
-        return _checked(self.folder / name, expected)
+        path = self.folder / name
+        linked = [p for p in path.parents if p.is_relative_to(self.folder) and p != self.folder and p.is_symlink()]
+        if linked:
+            raise BundleError(f"{linked[0]} is a link; a bundle holds plain files and folders, no links")
+        return _checked(path, expected)
 
     def weights(self, block: BlockSpec) -> dict[str, Array]:
         """Initial parameters and buffers of a block by their graph input names, read-only views.
@@ -85,7 +89,9 @@ def verify(bundle: Bundle) -> tuple[str, ...]:
         bundle.read(name)
     for block in bundle.manifest.blocks:
         bundle.weights(block)
-    present = {p.relative_to(bundle.folder).as_posix() for p in bundle.folder.rglob("*") if not p.is_dir()}
+    present = {
+        p.relative_to(bundle.folder).as_posix() for p in bundle.folder.rglob("*") if p.is_symlink() or not p.is_dir()
+    }
     extra = sorted(present - set(names) - {MANIFEST})
     if extra:
         raise BundleError(
@@ -108,7 +114,8 @@ def _checked(path: Path, expected: FileSpec) -> bytes:
 def _read(path: Path, size: int, exact: bool = False) -> bytes:
     """At most `size` bytes of a regular file (exactly, if `exact`)."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Without O_NONBLOCK opening a pipe waits for its writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise BundleError(f"{path} is missing; copy the bundle again") from None
     except OSError as error:

@@ -21,7 +21,7 @@ from edgelocal.exporters.onnx_graph import GraphBuilder, Value, expression, valu
 from edgelocal.exporters.optimizers import Optimizer
 from edgelocal.exporters.rules import LocalBlock
 from edgelocal.exporters.step import Forward, Head, LocalStep
-from edgelocal.exporters.trace import Batch, Traced, trace
+from edgelocal.exporters.trace import Batch, Traced, TraceError, trace
 from edgelocal.spec import BATCH, MaskSpec, TaskSpec, TensorSpec
 
 Shape = tuple[int | str, ...]
@@ -64,13 +64,12 @@ def step_graph(
     batch = Batch()
     target_shape, target_dtype = target_spec(task)
     inputs = (batch.tensor(input_shape, dtype), batch.tensor(target_shape, target_dtype))
-    traced = trace(module, inputs, batch, joint=True)
-    writer = _StepWriter(block, optimizer, traced)
     try:
-        exported = writer.write(("h", "loss", *metric_names(task)))
-    except UnsupportedOperatorError as error:
+        traced = trace(module, inputs, batch, joint=True)
+        exported = _StepWriter(block, optimizer, traced).write(("h", "loss", *metric_names(task)))
+        batch.check()
+    except (TraceError, UnsupportedOperatorError) as error:
         raise blame(error, module, inputs, block) from error
-    batch.check(f"block {block.name}")
     return exported
 
 
@@ -201,8 +200,11 @@ def _inference_graph(
     batch = Batch()
     example = batch.tensor(shape, dtype)
     module = module.eval()
-    with torch.no_grad():
-        traced = trace(module, (example,), batch, joint=False)
+    try:
+        with torch.no_grad():
+            traced = trace(module, (example,), batch, joint=False)
+    except TraceError as error:
+        raise blame(error, module, (example,), block) from error
     # A prefix of its own keeps the names of several blocks apart when they are joined into one model.
     builder = GraphBuilder(batch_of=source, prefix=f"{block.name}/{result}/")
     inputs = {traced.user_inputs[0]: source}

@@ -12,20 +12,33 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edgelocal.errors import ExportError
 from edgelocal.exporters.lowering import decompositions
 from edgelocal.exporters.onnx_graph import expression
 
-EXAMPLE_BATCH = 6  # any batch above 1; the graph does not depend on it
+EXAMPLE_BATCH = 13  # the graph does not depend on it; a prime, so that no reshape divides it by accident
+OTHER_BATCHES = (*range(2, 129), 256, 512, 1000)
+PYTORCH = str(Path(torch.__file__).parent)
+
+
+class TraceError(Exception):
+    """PyTorch cannot trace a module, or its graph would not hold for every batch size."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +72,35 @@ class Batch:
         with self.mode:
             return torch.zeros((self.size, *shape), dtype=dtype)
 
-    def check(self, what: str) -> None:
-        """Refuse a graph that holds for one batch size only."""
+    def holds(self) -> bool:
+        """Whether `check` would pass."""
+        try:
+            self.check()
+        except TraceError:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Refuse a graph that does not hold for every batch size.
+
+        Of the conditions that the trace took for granted those from PyTorch's own code choose a kernel, not a result;
+        those from elsewhere are branches that the graph does not have.
+
+        Raises:
+            TraceError: the code branched on the batch size or fixed it.
+        """
         found = self.environment.replace(self.symbol)
         if found != self.symbol:
-            raise ExportError(
-                f"{what} fixes the batch size to {found}: its code branches on x.shape[0] or writes a constant batch; "
-                "let the batch dimension be free"
-            )
+            raise TraceError(f"the batch size becomes {found}: let it be free, as in x.reshape(x.shape[0], -1)")
+        for guard in self.environment.guards:
+            place = guard.sloc.framework_loc
+            if place is None or isinstance(place, str) or place.filename.startswith(PYTORCH):
+                continue
+            broken = [n for n in OTHER_BATCHES if guard.expr.subs(self.symbol, n) is sympy.false]
+            if broken:
+                condition = str(guard.expr).replace(str(self.symbol), "N")
+                where = f"{place.filename}:{place.lineno}"
+                raise TraceError(f"{where} branches on the batch size (N = {broken[0]} is not {condition})")
 
 
 def trace(module: nn.Module, inputs: Sequence[torch.Tensor], batch: Batch, *, joint: bool) -> Traced:
@@ -75,12 +109,12 @@ def trace(module: nn.Module, inputs: Sequence[torch.Tensor], batch: Batch, *, jo
     The module's mode (train or eval) is kept. Tensors of `inputs` come from `batch`.
 
     Raises:
-        ExportError: PyTorch cannot trace the module (it branches on data, say).
+        TraceError: PyTorch cannot trace the module (it branches on data, say).
     """
     module = copy.deepcopy(module)
     parameters = [name for name, p in module.named_parameters() if p.requires_grad]
     try:
-        with _tracing(), batch.mode:
+        with tracing(), batch.mode:
             traced = aot_export_module(
                 module,
                 tuple(inputs),
@@ -88,9 +122,11 @@ def trace(module: nn.Module, inputs: Sequence[torch.Tensor], batch: Batch, *, jo
                 output_loss_index=0 if joint else None,
                 decompositions=decompositions(),
             )
+    except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise TraceError("its code branches on the values of a tensor, or makes sizes of them") from error
     except Exception as error:
-        raise ExportError(f"PyTorch cannot trace {type(module).__name__}: {_first_lines(error)}") from error
-    batch.check(type(module).__name__)
+        raise TraceError(f"PyTorch cannot trace it: {_first_lines(error)}") from error
+    batch.check()
     exported: Any = traced[0]  # typed as a callable, is a GraphModule
     signature = traced[1]
     outputs = list(next(n for n in exported.graph.nodes if n.op == "output").args[0])
@@ -108,7 +144,7 @@ def trace(module: nn.Module, inputs: Sequence[torch.Tensor], batch: Batch, *, jo
 
 
 @contextlib.contextmanager
-def _tracing() -> Iterator[None]:
+def tracing() -> Iterator[None]:
     """Attention as plain matrix products (the fused kernels have no portable form); PyTorch's own warnings off."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -121,4 +157,4 @@ def _tracing() -> Iterator[None]:
 
 
 def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:600]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -75,6 +75,19 @@ class Probe(nn.Module):
         return ((out + self.target) ** 2).sum() / 2, out.detach()
 
 
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        out: Tensor = self.function(x)
+        return out
+
+
 class Given(TorchDispatchMode):
     """Inside, PyTorch's random masks are the given ones, in the order they are asked for."""
 

@@ -12,30 +12,30 @@ from hypothesis import strategies as st
 from torch import nn
 
 GEOMETRIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "3x3": (dict(kernel_size=3, padding=1), (4, 7, 7)),
-    "no padding, bias": (dict(kernel_size=3), (4, 6, 6)),
-    "1x1": (dict(kernel_size=1), (4, 5, 5)),
-    "1x1 stride 2": (dict(kernel_size=1, stride=2), (4, 7, 8)),
-    "stride 2": (dict(kernel_size=3, stride=2, padding=1), (4, 8, 8)),
-    "stride 2 odd": (dict(kernel_size=3, stride=2, padding=1), (4, 7, 9)),
-    "stride 3": (dict(kernel_size=3, stride=3, padding=1), (4, 10, 11)),
-    "stride by axis": (dict(kernel_size=3, stride=(1, 2), padding=1), (4, 7, 8)),
-    "even kernel": (dict(kernel_size=2), (4, 6, 5)),
-    "even kernel padded": (dict(kernel_size=4, padding=1, stride=2), (4, 8, 9)),
-    "kernel by axis": (dict(kernel_size=(3, 5), padding=(1, 2)), (4, 7, 9)),
-    "column": (dict(kernel_size=(3, 1), padding=(1, 0)), (4, 7, 6)),
-    "row": (dict(kernel_size=(1, 3), padding=(0, 1)), (4, 7, 6)),
-    "dilated": (dict(kernel_size=3, dilation=2, padding=2), (4, 9, 8)),
-    "dilated stride 2": (dict(kernel_size=3, dilation=2, stride=2), (4, 11, 10)),
-    "same": (dict(kernel_size=3, padding="same"), (4, 6, 5)),
-    "padded beyond the kernel": (dict(kernel_size=2, padding=2), (4, 5, 4)),
-    "grouped": (dict(kernel_size=3, padding=1, groups=2), (4, 7, 6)),
-    "grouped stride 2": (dict(kernel_size=3, padding=1, groups=2, stride=2), (4, 7, 6)),
-    "grouped 1x1": (dict(kernel_size=1, groups=2), (4, 5, 5)),
-    "patches": (dict(kernel_size=4, stride=4), (4, 8, 12)),
-    "reflected": (dict(kernel_size=3, padding=1, padding_mode="reflect"), (4, 6, 5)),
-    "circular": (dict(kernel_size=3, padding=1, padding_mode="circular"), (4, 6, 5)),
-    "replicated": (dict(kernel_size=3, padding=1, padding_mode="replicate"), (4, 6, 5)),
+    "3x3": ({"kernel_size": 3, "padding": 1}, (4, 7, 7)),
+    "no padding, bias": ({"kernel_size": 3}, (4, 6, 6)),
+    "1x1": ({"kernel_size": 1}, (4, 5, 5)),
+    "1x1 stride 2": ({"kernel_size": 1, "stride": 2}, (4, 7, 8)),
+    "stride 2": ({"kernel_size": 3, "stride": 2, "padding": 1}, (4, 8, 8)),
+    "stride 2 odd": ({"kernel_size": 3, "stride": 2, "padding": 1}, (4, 7, 9)),
+    "stride 3": ({"kernel_size": 3, "stride": 3, "padding": 1}, (4, 10, 11)),
+    "stride by axis": ({"kernel_size": 3, "stride": (1, 2), "padding": 1}, (4, 7, 8)),
+    "even kernel": ({"kernel_size": 2}, (4, 6, 5)),
+    "even kernel padded": ({"kernel_size": 4, "padding": 1, "stride": 2}, (4, 8, 9)),
+    "kernel by axis": ({"kernel_size": (3, 5), "padding": (1, 2)}, (4, 7, 9)),
+    "column": ({"kernel_size": (3, 1), "padding": (1, 0)}, (4, 7, 6)),
+    "row": ({"kernel_size": (1, 3), "padding": (0, 1)}, (4, 7, 6)),
+    "dilated": ({"kernel_size": 3, "dilation": 2, "padding": 2}, (4, 9, 8)),
+    "dilated stride 2": ({"kernel_size": 3, "dilation": 2, "stride": 2}, (4, 11, 10)),
+    "same": ({"kernel_size": 3, "padding": "same"}, (4, 6, 5)),
+    "padded beyond the kernel": ({"kernel_size": 2, "padding": 2}, (4, 5, 4)),
+    "grouped": ({"kernel_size": 3, "padding": 1, "groups": 2}, (4, 7, 6)),
+    "grouped stride 2": ({"kernel_size": 3, "padding": 1, "groups": 2, "stride": 2}, (4, 7, 6)),
+    "grouped 1x1": ({"kernel_size": 1, "groups": 2}, (4, 5, 5)),
+    "patches": ({"kernel_size": 4, "stride": 4}, (4, 8, 12)),
+    "reflected": ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, (4, 6, 5)),
+    "circular": ({"kernel_size": 3, "padding": 1, "padding_mode": "circular"}, (4, 6, 5)),
+    "replicated": ({"kernel_size": 3, "padding": 1, "padding_mode": "replicate"}, (4, 6, 5)),
 }
 
 
@@ -87,11 +87,11 @@ def test_conv3d() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        dict(kernel_size=2, stride=2),
-        dict(kernel_size=3, stride=2, padding=1, output_padding=1),
-        dict(kernel_size=3, padding=1),
-        dict(kernel_size=3, stride=2, padding=1, groups=2),
-        dict(kernel_size=3, dilation=2, bias=False),
+        {"kernel_size": 2, "stride": 2},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "groups": 2},
+        {"kernel_size": 3, "dilation": 2, "bias": False},
     ],
     ids=str,
 )
@@ -115,16 +115,16 @@ def geometry(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, int, int]]:
         return draw(st.tuples(st.integers(low, high), st.integers(low, high)))
 
     groups = draw(st.sampled_from([1, 1, 2, 3]))
-    options = dict(
-        in_channels=groups * draw(st.integers(1, 3)),
-        out_channels=groups * draw(st.integers(1, 3)),
-        kernel_size=pair(1, 4),
-        stride=pair(1, 3),
-        padding=pair(0, 3),
-        dilation=pair(1, 2),
-        groups=groups,
-        bias=draw(st.booleans()),
-    )
+    options = {
+        "in_channels": groups * draw(st.integers(1, 3)),
+        "out_channels": groups * draw(st.integers(1, 3)),
+        "kernel_size": pair(1, 4),
+        "stride": pair(1, 3),
+        "padding": pair(0, 3),
+        "dilation": pair(1, 2),
+        "groups": groups,
+        "bias": draw(st.booleans()),
+    }
     sizes = pair(1, 9)
     for size, kernel, pad, step in zip(
         sizes, options["kernel_size"], options["padding"], options["dilation"], strict=True

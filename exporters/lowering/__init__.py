@@ -38,6 +38,7 @@ aten = torch.ops.aten
 # Part of PyTorch's core set and so not decomposed by default; their decompositions use only operators lowered here.
 EXTRA_DECOMPOSITIONS = (
     aten.elu.default,
+    aten.linalg_vector_norm.default,
     aten.native_layer_norm.default,
     aten.native_layer_norm_backward.default,
     aten.native_group_norm.default,
@@ -60,6 +61,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.constant_pad_nd.default] = shapes.padded
     return {overload: function for overload, function in table.items() if overload not in REGISTRY}
 
+
+LARGEST_CONSTANT_BYTES = 4096
 
 Ready = Callable[[fx.Node, Value], None]
 
@@ -85,9 +88,21 @@ def lower(
             done[node] = _lower_node(node, builder, done)
             if ready is not None and isinstance(done[node], Value):
                 ready(node, done[node])
+        elif node.op == "get_attr":
+            done[node] = _constant(builder, node, graph)
         elif node.op != "output":
             raise UnsupportedOperatorError(f"{node.op} {node.target}")
     return done
+
+
+def _constant(builder: GraphBuilder, node: fx.Node, graph: fx.Graph) -> Value:
+    """A tensor written in the network's code, or kept there as a plain attribute."""
+    tensor: torch.Tensor = getattr(graph.owning_module, str(node.target)).detach()
+    if tensor.numel() * tensor.element_size() > LARGEST_CONSTANT_BYTES:
+        raise UnsupportedOperatorError(
+            f"a constant of shape {tuple(tensor.shape)}", "keep it with register_buffer(), not in a plain attribute"
+        )
+    return _wrap(builder.constant(tensor.numpy()), tensor)
 
 
 def _lower_node(node: fx.Node, builder: GraphBuilder, done: Mapping[fx.Node, Any]) -> Any:

@@ -57,6 +57,17 @@ def scatter_add(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value
     return b.op("ScatterElements", x.name, index.name, source.name, axis=dim % x.rank, reduction="add")
 
 
+@lowers(aten.scatter.src, aten.scatter.value)
+def scatter(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value, source: Value | Scalar) -> str:
+    if not isinstance(source, Value):
+        values = b.op("Expand", b.scalar(source, x.dtype), b.shape(index.shape))
+    else:
+        values = source.name
+        if source.shape != index.shape:  # only the part that the index covers is written
+            raise UnsupportedOperatorError(str(node.target), "a source of another shape than the index")
+    return b.op("ScatterElements", x.name, index.name, values, axis=dim % x.rank)
+
+
 @lowers(aten.index_select.default)
 def index_select(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value) -> str:
     return b.op("Gather", x.name, index.name, axis=dim % x.rank)
@@ -67,7 +78,7 @@ def index(b: GraphBuilder, node: fx.Node, x: Value, indices: Sequence[Value | No
     """x[..., i, j, ...] with one index tensor or several on adjacent axes."""
     place = _place(b, node, x, indices)
     merged = b.reshape(x.name, place.merged) if place.several else x.name
-    return b.op("Gather", merged, place.index, axis=place.axis)
+    return b.op("Gather", merged, place.places, axis=place.axis)
 
 
 @lowers(aten.index_put.default)
@@ -85,7 +96,7 @@ def index_put(
     order = [*range(count), *range(count + 1, count + 1 + len(after)), count]
     moved = b.op("Transpose", b.reshape(x.name, place.merged), perm=order)
     result = _scatter(
-        b, b.reshape(moved, [rows, size]), b.op("Reshape", place.index, b.ints([-1])), source, accumulate
+        b, b.reshape(moved, [rows, size]), b.op("Reshape", place.places, b.ints([-1])), source, accumulate
     )
     split = b.reshape(result, [*before, *after, size])
     return b.reshape(b.op("Transpose", split, perm=[order.index(i) for i in range(len(order))]), x.shape)
@@ -94,8 +105,8 @@ def index_put(
 class _Place(NamedTuple):
     """Index tensors on adjacent axes as one index into those axes merged."""
 
-    index: str
-    shape: tuple[Dim, ...]  # of the index
+    places: str
+    shape: tuple[Dim, ...]  # of `places`
     axis: int
     merged: tuple[Dim, ...]  # shape of x with the indexed axes merged
     several: bool
@@ -109,7 +120,7 @@ def _place(b: GraphBuilder, node: fx.Node, x: Value, indices: Sequence[Value | N
     first, last = axes[0], axes[-1] + 1
     if axes != list(range(first, last)):
         raise UnsupportedOperatorError(str(node.target), "several indices that are not on adjacent axes")
-    shape: tuple[Dim, ...] = tuple(torch.broadcast_shapes(*(i.shape for _, i in given)))
+    shape: tuple[Dim, ...] = tuple(torch.broadcast_shapes(*(i.shape for _, i in given)))  # type: ignore[no-untyped-call]
     merged = (*x.shape[:first], math.prod(x.shape[first:last]), *x.shape[last:])
     return _Place(_merged_index(b, x, given), shape, first, merged, len(given) > 1)
 

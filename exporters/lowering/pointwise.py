@@ -125,6 +125,12 @@ def _scaled(b: GraphBuilder, value: str, alpha: Scalar, dtype: torch.dtype) -> s
     return value if alpha == 1 else b.op("Mul", value, b.scalar(alpha, dtype))
 
 
+@lowers(aten.fmod.Tensor, aten.fmod.Scalar)
+def fmod(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand) -> str:
+    dtype = result_dtype(node)
+    return b.op("Mod", operand(b, x, dtype), operand(b, y, dtype), fmod=1)
+
+
 @lowers(aten.rsqrt.default)
 def rsqrt(b: GraphBuilder, node: fx.Node, x: Value) -> str:
     return b.op("Reciprocal", b.op("Sqrt", operand(b, x, result_dtype(node))))

@@ -166,9 +166,7 @@ def adaptive_avg_pool_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: V
     return _sandwich(b, grad, rows.T, columns)
 
 
-def _sandwich(
-    b: GraphBuilder, x: Value | str, left: np.ndarray[Any, Any] | None, right: np.ndarray[Any, Any]
-) -> str:
+def _sandwich(b: GraphBuilder, x: Value | str, left: np.ndarray[Any, Any] | None, right: np.ndarray[Any, Any]) -> str:
     """left @ x @ right on the last two axes; None is the identity."""
     source = x if isinstance(x, str) else x.name
     if left is not None:

@@ -137,18 +137,39 @@ def slice_scatter(
     axis = dim % len(shape)
     if expression(shape[axis]) == expression(source.shape[axis]):
         return source.name
-    if step != 1:
-        raise UnsupportedOperatorError(str(node.target), f"a slice with step {step}")
     size, width = fixed(shape[axis]), fixed(source.shape[axis])
     first = 0 if start is None else fixed(start) + (size if fixed(start) < 0 else 0)
-    if x is None:
-        return _pad_axis(b, source.name, len(shape), axis, first, size - first - width)
+    if x is None or step != 1:
+        spread = _spread(b, source, axis, step)
+        padded = _pad_axis(b, spread, len(shape), axis, first, size - first - width * step)
+        return (
+            padded
+            if x is None
+            else _chosen(b, x.name, padded, [len(shape), axis, size], range(first, first + width * step, step))
+        )
     parts = [source.name]
     if first:
         parts.insert(0, b.slice(x.name, [0], [first], [axis]))
     if size - first - width:
         parts.append(b.slice(x.name, [first + width], [size], [axis]))
     return b.op("Concat", *parts, axis=axis)
+
+
+def _spread(b: GraphBuilder, x: Value, axis: int, step: int) -> str:
+    """Every element along `axis` followed by step - 1 zeros."""
+    if step == 1:
+        return x.name
+    apart = b.op("Unsqueeze", x.name, b.ints([axis + 1]))
+    padded = _pad_axis(b, apart, x.rank + 1, axis + 1, 0, step - 1)
+    return b.reshape(padded, [*x.shape[:axis], x.shape[axis] * step, *x.shape[axis + 1 :]])
+
+
+def _chosen(b: GraphBuilder, x: str, other: str, place: Sequence[int], written: range) -> str:
+    """`other` at the positions `written` of an axis, `x` elsewhere; place is (rank, axis, size)."""
+    rank, axis, size = place
+    mask = np.zeros([size if a == axis else 1 for a in range(rank)], dtype=np.bool_)
+    mask.reshape(-1)[list(written)] = True
+    return b.op("Where", b.constant(mask), other, x)
 
 
 def _pad_axis(b: GraphBuilder, value: str, rank: int, axis: int, before: int, after: int) -> str:
@@ -191,7 +212,7 @@ def flip(b: GraphBuilder, node: fx.Node, x: Value, dims: Sequence[int]) -> str:
     return b.slice(x.name, [-1] * len(axes), [-END] * len(axes), axes, [-1] * len(axes))
 
 
-def padded(x: torch.Tensor, amounts: Sequence[int], value: Scalar = 0) -> torch.Tensor:
+def padded(x: torch.Tensor, amounts: Sequence[int], value: float = 0) -> torch.Tensor:
     """constant_pad_nd as slices and concatenations: PyTorch's own would fix the batch size of the trace."""
     for i in range(len(amounts) // 2):  # PyTorch lists the last axis first
         axis = x.dim() - 1 - i

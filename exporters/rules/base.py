@@ -51,6 +51,7 @@ class LocalBlock(nn.Module):
         self.head = network.head if span.stop == len(network.units) else None
         self.auxiliary = auxiliary
         self._names = self._contract_names(network.module)
+        self._places = self._module_names(network.module)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Block input -> (block output, logits (N, classes)); in the last block both are the logits.
@@ -65,6 +66,23 @@ class LocalBlock(nn.Module):
     def tensor_names(self) -> dict[str, str]:
         """Own state_dict key -> name in the original module, or aux/<block>/<name inside the auxiliary>."""
         return dict(self._names)
+
+    def module_name(self, path: str) -> str:
+        """Own path of a submodule ("body.0.conv1") -> its name in the original module, or aux/<block>/<name>.
+
+        A module that only groups others has the name of the unit it makes.
+        """
+        return self._places[path]
+
+    def _module_names(self, original: nn.Module) -> dict[str, str]:
+        names = {id(part): name for name, part in original.named_modules()}
+        units = {f"body.{index}": name for index, name in enumerate(self.unit_names)}
+        return {
+            path: f"aux/{self.name}/{path.removeprefix('auxiliary').removeprefix('.')}"
+            if path.startswith("auxiliary")
+            else names.get(id(part)) or units.get(path, path)
+            for path, part in self.named_modules()
+        }
 
     def _contract_names(self, original: nn.Module) -> dict[str, str]:
         # Reversed, so that of several names for one tensor the first is kept, as in named_parameters().
