@@ -238,7 +238,7 @@ def decode(kind: Any, raw: Any, where: str) -> Any:
 _hints = cache(typing.get_type_hints)  # evaluating the annotations takes most of the time of reading a manifest
 
 
-def _decode_dataclass(kind: type[Any], raw: Any, where: str) -> Any:
+def _decode_dataclass(kind: Any, raw: Any, where: str) -> Any:
     _expect(isinstance(raw, dict), where, "an object", raw)
     hints = _hints(kind)
     unknown = sorted(set(raw) - set(hints))

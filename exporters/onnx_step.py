@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import torch
@@ -21,6 +22,7 @@ from edgelocal.exporters.onnx_graph import GraphBuilder, Value, expression, valu
 from edgelocal.exporters.optimizers import Optimizer
 from edgelocal.exporters.rules import LocalBlock
 from edgelocal.exporters.step import Forward, Head, LocalStep
+from edgelocal.exporters.structure import structure
 from edgelocal.exporters.trace import Batch, Traced, TraceError, trace
 from edgelocal.spec import BATCH, MaskSpec, TaskSpec, TensorSpec
 
@@ -61,16 +63,39 @@ def step_graph(
             operator and the module.
     """
     module = LocalStep(block, task).train()
-    batch = Batch()
-    target_shape, target_dtype = target_spec(task)
-    inputs = (batch.tensor(input_shape, dtype), batch.tensor(target_shape, target_dtype))
+    arguments = ((tuple(input_shape), dtype), target_spec(task))
     try:
-        traced = trace(module, inputs, batch, joint=True)
+        batch, traced = _trace(module, block, arguments, task)
         exported = _StepWriter(block, optimizer, traced).write(("h", "loss", *metric_names(task)))
         batch.check()
     except (TraceError, UnsupportedOperatorError) as error:
-        raise blame(error, module, inputs, block) from error
+        raise blame(error, module, _examples(Batch(), arguments), block) from error
     return exported
+
+
+Arguments = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape of a sample, and dtype, of every input
+
+_TRACES: dict[Any, tuple[Batch, Traced]] = {}
+_MOST_TRACES = 16  # a network has few kinds of blocks; bounds what a long process keeps
+
+
+def _trace(module: nn.Module, block: LocalBlock, arguments: Arguments, task: TaskSpec | None) -> tuple[Batch, Traced]:
+    """Trace `module`, a view of `block`, or reuse the trace of a block of the same structure."""
+    parts = structure((block.body, block.head, block.auxiliary))
+    key = (type(module), parts, arguments, task)
+    if parts is not None and key in _TRACES:
+        return _TRACES[key]
+    batch = Batch()
+    traced = batch, trace(module, _examples(batch, arguments), batch, joint=task is not None)
+    if parts is not None:
+        while len(_TRACES) >= _MOST_TRACES:
+            del _TRACES[next(iter(_TRACES))]
+        _TRACES[key] = traced
+    return traced
+
+
+def _examples(batch: Batch, arguments: Arguments) -> tuple[torch.Tensor, ...]:
+    return tuple(batch.tensor(shape, dtype) for shape, dtype in arguments)
 
 
 class _StepWriter:
@@ -197,29 +222,26 @@ def _inference_graph(
     block: LocalBlock, module: nn.Module, source: str, result: str, shape: Sequence[int], dtype: torch.dtype
 ) -> ExportedGraph:
     names = {f"block.{local}": name for local, name in block.tensor_names().items()}
-    batch = Batch()
-    example = batch.tensor(shape, dtype)
+    arguments = ((tuple(shape), dtype),)
+    # A prefix of its own keeps the names of several blocks apart when they are joined into one model.
+    builder = GraphBuilder(batch_of=source, prefix=f"{block.name}/{result}/")
     module = module.eval()
     try:
         with torch.no_grad():
-            traced = trace(module, (example,), batch, joint=False)
-    except TraceError as error:
-        raise blame(error, module, (example,), block) from error
-    # A prefix of its own keeps the names of several blocks apart when they are joined into one model.
-    builder = GraphBuilder(batch_of=source, prefix=f"{block.name}/{result}/")
-    inputs = {traced.user_inputs[0]: source}
-    inputs |= {p: f"param/{names[fqn]}" for fqn, p in traced.parameters.items()}
-    inputs |= {p: f"buf/{names[fqn]}" for fqn, p in traced.buffers.items()}
-    placeholders = {n.name: n for n in traced.graph.nodes if n.op == "placeholder"}
-    try:
+            batch, traced = _trace(module, block, arguments, None)
+        inputs = {traced.user_inputs[0]: source}
+        inputs |= {p: f"param/{names[fqn]}" for fqn, p in traced.parameters.items()}
+        inputs |= {p: f"buf/{names[fqn]}" for fqn, p in traced.buffers.items()}
         values = lower(traced.graph, builder, inputs)
-    except UnsupportedOperatorError as error:
-        raise blame(error, module, (example,), block) from error
+        batch.check()
+    except (TraceError, UnsupportedOperatorError) as error:
+        raise blame(error, module, _examples(Batch(), arguments), block) from error
+    placeholders = {n.name: n for n in traced.graph.nodes if n.op == "placeholder"}
     output = traced.user_outputs[0]
     builder.rename(values[output].name, result)
     used = {name for node in builder.nodes for name in node.input}
     specs = [_spec(name, placeholders[p]) for p, name in inputs.items() if name == source or name in used]
-    return _export(builder, specs[::-1] if specs[0].name != source else specs, [_spec(result, output)], ())
+    return _export(builder, specs, [_spec(result, output)], ())
 
 
 def _export(

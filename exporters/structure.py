@@ -1,7 +1,7 @@
 """When two modules are the same but for the values of their tensors.
 
-Most blocks of a deep network differ in nothing else, and tracing is nearly all the time of an export: equal structures are
-traced once.
+Most blocks of a deep network differ in nothing else, and tracing is nearly all the time of an export: equal structures
+are traced once.
 """
 
 from __future__ import annotations

@@ -43,9 +43,10 @@ class TraceError(Exception):
 
 @dataclass(frozen=True)
 class Traced:
-    """A functional graph. `inputs` are placeholder nodes, `outputs` graph values, by name; `gradients` by parameter.
+    """A functional graph.
 
-    `parameters` and `buffers` map the module's tensor names to placeholder names; `new_buffers` to output nodes.
+    `user_inputs` are the placeholders of the inputs. `parameters` and `buffers` map the module's tensor names to
+    placeholders, `new_buffers` and `gradients` to the nodes that compute them.
     """
 
     graph: fx.Graph
