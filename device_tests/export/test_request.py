@@ -1,0 +1,134 @@
+"""The text options of `edgelocal export`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+
+from edgelocal.errors import UsageError
+from edgelocal.exporters.request import NORMALIZATIONS, make_request, parse_blocks, parse_input, parse_normalization
+
+OPTIONS: dict[str, Any] = {
+    "blocks": "auto",
+    "rule": "auglocal",
+    "aux_depth": 2,
+    "tau": 0.5,
+    "tail": "merge",
+    "input_shape": "3x32x32",
+    "classes": 10,
+    "class_names": "",
+    "normalize": "auto",
+    "loss": "cross_entropy",
+    "label_smoothing": 0.0,
+    "optimizer": "sgd",
+    "momentum": None,
+    "weight_decay": None,
+    "nesterov": True,
+    "pad": 4,
+    "pad_mode": "reflect",
+    "flip": True,
+    "batch": 128,
+    "epochs": 10,
+    "lr": 0.1,
+    "lr_schedule": "cosine",
+    "weights": None,
+    "partial_weights": False,
+    "seed": 0,
+}
+
+
+def request(**changes: Any) -> Any:
+    return make_request("resnet8", **(OPTIONS | changes))
+
+
+def test_the_options_here_are_those_of_the_command_line() -> None:
+    from edgelocal.cli import export
+
+    taken = set(inspect.signature(make_request).parameters) - {"network"}
+    assert taken == set(OPTIONS) == {p.name for p in export.params} - {"network", "out", "as_json"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3x32x32", ((3, 32, 32), "float32")),
+        ("64", ((64,), "float32")),
+        ("int64:128", ((128,), "int64")),
+        ("float32:1x8x8", ((1, 8, 8), "float32")),
+    ],
+)
+def test_shapes(text: str, expected: object) -> None:
+    assert parse_input(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "3x", "3x0x3", "0", "axb", "int8:4", "1x2x3x4x5", "-3"])
+def test_what_is_no_shape_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a shape; write 3x32x32"):
+        parse_input(text)
+
+
+@pytest.mark.parametrize(("text", "blocks"), [("per-unit", "per-unit"), ("auto", "auto"), ("4", 4)])
+def test_blocks(text: str, blocks: object) -> None:
+    assert parse_blocks(text) == blocks
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", ""])
+def test_what_is_no_number_of_blocks_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--blocks"):
+        parse_blocks(text)
+
+
+def test_normalizations() -> None:
+    assert parse_normalization("auto", (3, 8, 8)) == NORMALIZATIONS["cifar"]
+    assert parse_normalization("auto", (1, 8, 8)) == NORMALIZATIONS["half"]
+    assert parse_normalization("auto", (12,)) == NORMALIZATIONS["none"]
+    assert parse_normalization("cifar", (8,), "int64") == NORMALIZATIONS["none"]
+    assert parse_normalization("0.1,0.2/1,2", (2, 4, 4)) == ((0.1, 0.2), (1.0, 2.0))
+
+
+@pytest.mark.parametrize(("text", "shape"), [("0.5", (1, 8, 8)), ("a/b", (1,)), ("0/0", (1,)), ("cifar", (1, 8, 8))])
+def test_normalizations_that_do_not_fit_are_refused(text: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="--normalize"):
+        parse_normalization(text, shape)
+
+
+def test_only_images_are_augmented() -> None:
+    assert request().augment.pad == 4
+    vector = request(input_shape="64").augment
+    assert (vector.pad, vector.flip) == (0, False)
+
+
+def test_optimizers_have_pytorchs_defaults_and_take_what_is_given() -> None:
+    assert request().optimizer.hyper == {"momentum": 0.9, "weight_decay": 1e-4}
+    assert request(optimizer="adamw").optimizer.hyper["weight_decay"] == 1e-2
+    given = request(momentum=0.5, weight_decay=0.0, nesterov=False).optimizer
+    assert (given.name, given.hyper) == ("sgd", {"momentum": 0.5, "weight_decay": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"momentum": -1.0}, "momentum is -1"),
+        ({"weight_decay": float("nan")}, "weight decay is nan"),
+        ({"optimizer": "lion"}, "no optimizer 'lion'"),
+    ],
+)
+def test_bad_numbers_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        request(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_smoothing": 1.0}, "label smoothing is 1.0"),
+        ({"class_names": "a,b"}, "2 class names for 10 classes"),
+        ({"batch": 0}, "batch 0"),
+        ({"loss": "hinge"}, "no loss 'hinge'"),
+    ],
+)
+def test_requests_are_checked_before_anything_is_built(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        request(**changes).check()
