@@ -24,13 +24,19 @@ class _Command(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
+        except click.ClickException as error:
+            _emit_error(error.format_message(), error)
+            raise  # click knows how to show it
         except EdgelocalError as error:
-            if "--json" in sys.argv:
-                click.echo(
-                    json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code})
-                )
+            _emit_error(str(error), error)
             click.echo(f"edgelocal: {error}", err=True)
             sys.exit(error.exit_code)
+
+
+def _emit_error(message: str, error: EdgelocalError | click.ClickException) -> None:
+    """With --json, the object that stands in for the result."""
+    if "--json" in sys.argv:
+        click.echo(json.dumps({"error": message, "kind": type(error).__name__, "exit_code": error.exit_code}))
 
 
 def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:

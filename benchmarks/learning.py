@@ -114,7 +114,11 @@ def learn(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             *("--seed", str(seed)),
         )
     report = json.loads((run / "report.json").read_text())
-    return {"seed": seed, "test": report["validation"]["accuracy"], "train": report["blocks"][-1]["training"]["accuracy"]}
+    return {
+        "seed": seed,
+        "test": report["validation"]["accuracy"],
+        "train": report["blocks"][-1]["training"]["accuracy"],
+    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgelocal.augment import bernoulli_mask
 from edgelocal.bundle import Bundle
-from edgelocal.errors import DivergedError
+from edgelocal.errors import BundleError, DivergedError
 from edgelocal.session import Graph, Tensor
 from edgelocal.spec import BlockSpec
 from edgelocal.tensors import Array
@@ -19,6 +19,9 @@ class Block:
     """State (parameters, optimizer slots, buffers) of one block, and its step, forward and head graphs.
 
     Graphs are loaded when they are first used; `release` drops them. The state is kept until the process ends.
+
+    Raises:
+        BundleError: the weights or the step graph are not what the contract asks for.
     """
 
     def __init__(self, bundle: Bundle, index: int, threads: int, state: Mapping[str, Array] | None = None) -> None:
@@ -28,6 +31,7 @@ class Block:
         self._threads = threads
         self._graphs: dict[str, Graph] = {}
         self._state = {name: Tensor.of(array) for name, array in (state or self._initial()).items()}
+        self._check_step()
 
     def step(self, x: Tensor, y: Tensor, hyper: Mapping[str, float], seed: int, number: int) -> StepResult:
         """One training step on a batch: forward, local loss, backward, update.
@@ -75,6 +79,16 @@ class Block:
     def release(self) -> None:
         """Drop the loaded graphs and what memory they hold."""
         self._graphs.clear()
+
+    def _check_step(self) -> None:
+        """That the manifest describes a step graph: its outputs, and masks that are inputs."""
+        inputs = {t.name for t in self.spec.step.inputs}
+        outputs = {t.name for t in self.spec.step.outputs}
+        wanted = {"h", "loss", *(f"new/{name}" for name in self._state)}
+        wrong = sorted(wanted - outputs) + sorted({mask.name for mask in self.spec.masks} - inputs)
+        if wrong or outputs == wanted:
+            lacks = repr(wrong[0]) if wrong else "a metric"
+            raise BundleError(f"{self.spec.step.file} is no step graph: it lacks {lacks}; export the bundle again")
 
     def _initial(self) -> dict[str, Array]:
         weights = self.bundle.weights(self.spec)

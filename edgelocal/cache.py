@@ -25,7 +25,7 @@ Inputs = Callable[[Indices], Tensor]
 class OutputCache:
     """Outputs of the first `depth` blocks for every sample, in a file that `close` removes.
 
-    A killed run leaves the file behind; it is written anew when the run is resumed.
+    A killed run leaves its files behind; `clear` removes them when the run is resumed.
     """
 
     def __init__(self, path: Path, rows: Array, depth: int) -> None:
@@ -40,6 +40,12 @@ class OutputCache:
     def close(self) -> None:
         """Remove the file."""
         self._path.unlink(missing_ok=True)
+
+    @staticmethod
+    def clear(folder: Path) -> None:
+        """Remove the files of caches that nobody closed."""
+        for path in folder.glob("outputs-*.f32"):
+            path.unlink()
 
     @classmethod
     def build(cls, folder: Path, inputs: Inputs, blocks: Sequence[Block], order: Sequence[Indices]) -> OutputCache:

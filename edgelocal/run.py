@@ -215,7 +215,7 @@ def check_resume(folder: Path, resume: str) -> bool:
         UsageError: "never" and something is there; "must" and nothing is; or the folder holds something else.
     """
     exists = (folder / RUN).is_file()
-    others = folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir())
+    others = folder.exists() and not (folder.is_dir() and all(_begun(p) for p in folder.iterdir()))
     if resume == "never" and others:
         raise UsageError(f"{folder} exists; choose another --out, remove it, or continue it with --resume auto")
     if resume == "must" and not exists:
@@ -223,3 +223,9 @@ def check_resume(folder: Path, resume: str) -> bool:
     if others and not exists:
         raise UsageError(f"{folder} exists and is not a run; choose another --out")
     return exists
+
+
+def _begun(path: Path) -> bool:
+    """Whether it is one of the things that a run leaves which was killed before it could write run.json."""
+    empty = path.name == "state" and path.is_dir() and not any(path.iterdir())
+    return empty or path.name == ".lock" or (path.name.startswith(f".{RUN}.") and path.name.endswith(".tmp"))

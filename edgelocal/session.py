@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -108,7 +108,12 @@ class Tensor:
 
 
 class Graph:
-    """A loaded ONNX graph of a bundle."""
+    """A loaded ONNX graph of a bundle.
+
+    Raises:
+        BundleError: the runtime cannot load the model, or it is not the one the manifest describes.
+        BudgetError: no memory to load it.
+    """
 
     def __init__(self, spec: GraphSpec, model: bytes, threads: int) -> None:
         self.spec = spec
@@ -125,21 +130,27 @@ class Graph:
         try:
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise _translated(error, f"{spec.file} cannot be loaded") from error
+            raise _translated(error, f"{spec.file} cannot be loaded", BundleError) from error
         self._check_signature()
 
-    def run(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on all inputs of the graph; returns the outputs by name.
 
         Raises:
+            BundleError: the graph wants an input that is not fed.
             BudgetError: the runtime could not get the memory it needs.
         """
-        names = list(outputs) if outputs is not None else [t.name for t in self.spec.outputs]
+        missing = [t.name for t in self.spec.inputs if t.name not in feeds]
+        if missing:
+            raise BundleError(
+                f"{self.spec.file} wants {missing[0]!r}, which is not known here; upgrade edgelocal, or export again"
+            )
+        names = [t.name for t in self.spec.outputs]
         values = {t.name: feeds[t.name].value for t in self.spec.inputs}
         try:
             results = self._session.run_with_ort_values(names, values)
         except Exception as error:
-            raise _translated(error, f"{self.spec.file} cannot be run") from error
+            raise _translated(error, f"{self.spec.file} cannot be run", EdgelocalError) from error
         return {name: Tensor(value) for name, value in zip(names, results, strict=True)}
 
     def _check_signature(self) -> None:
@@ -151,8 +162,8 @@ class Graph:
             )
 
 
-def _translated(error: Exception, what: str) -> EdgelocalError:
+def _translated(error: Exception, what: str, otherwise: type[EdgelocalError]) -> EdgelocalError:
     text = " ".join(str(error).split())
     if "allocate memory" in text or "bad_alloc" in text or "smaller than requested" in text:
         return BudgetError(f"{what}: out of memory ({text[:200]}); use a smaller --batch or more blocks")
-    return EdgelocalError(f"{what}: {text[:500]}")
+    return otherwise(f"{what}: {text[:500]}")

@@ -120,7 +120,8 @@ class Loaded:
 class CheckpointStore:
     """The generations `state/<number>.ckpt` of a run folder; the highest number is the newest.
 
-    A writer holds `lock(folder)` first: opening makes the folder and removes temporaries that a killed process left.
+    A writer holds `lock(folder)` first: opening makes `state` and removes temporaries that a killed process left in
+    both folders.
     `writable=False` only reads and may be used beside a running training. `written_bytes` counts what this store
     wrote, for the wear of flash memory.
     """
@@ -132,7 +133,8 @@ class CheckpointStore:
         self._damaged: set[Path] = set()
         if writable:
             make_folders(self.folder, disk)
-            self._remove_temporaries()
+            for place in (folder, self.folder):
+                self._remove_temporaries(place)
 
     def commit(self, chunks: Iterable[bytes | memoryview]) -> Path:
         """Write the next generation, then remove all but the two newest that are not known to be damaged.
@@ -197,11 +199,11 @@ class CheckpointStore:
                 if path not in kept:
                     self._disk.remove(path)
 
-    def _remove_temporaries(self) -> None:
-        with _storage_errors(self.folder, self._disk, "removing temporary files"):
-            for name in self._disk.names(self.folder):
+    def _remove_temporaries(self, folder: Path) -> None:
+        with _storage_errors(folder, self._disk, "removing temporary files"):
+            for name in self._disk.names(folder):
                 if _TEMPORARY.fullmatch(name):
-                    self._disk.remove(self.folder / name)
+                    self._disk.remove(folder / name)
 
 
 @contextlib.contextmanager

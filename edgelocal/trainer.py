@@ -136,6 +136,8 @@ class Trainer:
             DivergedError: a loss is not finite; the last commit stands.
             BudgetError: the process holds more than the budget; the last commit stands.
         """
+        if self._cache_folder is not None:
+            OutputCache.clear(self._cache_folder)
         try:
             for number in range(self.position.stage, len(self.stages)):
                 self._run_stage(number, watcher)

@@ -74,13 +74,13 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**(values | changes))
 
 
-def trainer(bundle: Path, data: Path, cache: Path | None = None, threads: int = 1, **changes: Any) -> Trainer:
+def trainer(bundle: Path, data: Path, cache_folder: Path | None = None, threads: int = 1, **changes: Any) -> Trainer:
     """A trainer at its start."""
     opened = open_bundle(bundle)
     manifest = opened.manifest
     splits = [open_dataset(data, split, manifest.input, manifest.task) for split in ("train", "test")]  # type: ignore[arg-type]
     blocks = load_blocks(opened, threads, None)
-    return Trainer(manifest, config(**changes), blocks, splits[0], splits[1], cache_folder=cache)
+    return Trainer(manifest, config(**changes), blocks, splits[0], splits[1], cache_folder=cache_folder)
 
 
 class Recorder:

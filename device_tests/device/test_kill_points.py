@@ -1,13 +1,13 @@
-"""A run killed before each of its disk operations in turn, resumed, ends as if nothing had happened.
+"""A run killed before each of its disk operations in turn (or every few), resumed, ends as if nothing had happened.
 
 The children are forked from a process that has imported all but ONNX Runtime, whose threads do not survive a fork, so
-that a kill costs little more than the time of the training. They die of SIGKILL, inside the writer, at a place that is chosen and not hit by luck.
+that a kill costs little more than the time of the training. They die of SIGKILL, inside the writer, at a place that is
+chosen and not hit by luck.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +22,8 @@ from pathlib import Path
 import edgelocal.training, edgelocal.store as store
 from edgelocal.cli import main
 
-out, log, data, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
+out, log, data, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[6:]
+dense, stride = map(int, sys.argv[4:6])
 
 class Dying(store.Disk):
     left = 0
@@ -61,19 +62,20 @@ def result(run):
 
 assert child(out / "whole", 0) == 0, Path(log).read_text()
 expected = result(out / "whole")
-wrong, at = [], 0
+wrong, at, killed = [], 0, 0
 while True:
-    at += 1
+    at += 1 if at < dense else stride
     run = out / f"at{at}"
     if child(run, at) != -signal.SIGKILL:
         break
+    killed += 1
     code = child(run, 0)
     if code:
         wrong.append([at, code, Path(log).read_text()[-300:]])
     elif result(run) != expected:
         wrong.append([at, [a == b for a, b in zip(result(run), expected)], result(run)[4]])
     shutil.rmtree(run)
-print(json.dumps([at - 1, wrong]))
+print(json.dumps([killed, wrong]))
 """
 
 SCHEDULES = {
@@ -84,19 +86,26 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize(
-    ("bundle", "schedule"), [(DROPOUT, "interleaved"), (DROPOUT, "cached"), (RESIDUAL, "sequential")]
+    ("bundle", "schedule", "dense", "stride"),
+    [
+        (DROPOUT, "interleaved", 36, 10),
+        (DROPOUT, "cached", 0, 23),
+        (RESIDUAL, "sequential", 0, 97),
+        pytest.param(DROPOUT, "interleaved", 0, 1, marks=pytest.mark.slow),
+        pytest.param(DROPOUT, "cached", 0, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_before_any_disk_operation_ends_with_the_same_bits(
-    tmp_path: Path, bundle: Path, schedule: str
+    tmp_path: Path, bundle: Path, schedule: str, dense: int, stride: int
 ) -> None:
     data = write_data(tmp_path / "d.npz", bundle, samples=16, test=4)
-    given = [bundle, "--epochs", 2, "--batch", 8, "--checkpoint-steps", 3, "--threads", 1, *SCHEDULES[schedule]]
-    line = [sys.executable, "-c", DRIVER, tmp_path, tmp_path / "log", data, *given]
+    given = [bundle, "--epochs", 2, "--batch", 16, "--checkpoint-steps", 1, "--threads", 1, *SCHEDULES[schedule]]
+    line = [sys.executable, "-c", DRIVER, tmp_path, tmp_path / "log", data, dense, stride, *given]
     done = subprocess.run(
-        [str(a) for a in line], capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=200
+        [str(a) for a in line], capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=500
     )
     assert done.returncode == 0, done.stderr
-    points, wrong = json.loads(done.stdout)
+    kills, wrong = json.loads(done.stdout)
+    print(f"{kills} kills")
     assert wrong == []
-    assert points > 60
-    assert os.listdir(tmp_path) != []
+    assert kills >= 10

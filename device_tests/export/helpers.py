@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from edgelocal.exporters.trace import Batch, trace
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # parity.py is a benchmark and a test
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -211,8 +214,3 @@ def given(masks: Sequence[Array]) -> Iterator[None]:
 def op_types(model: onnx.ModelProto) -> set[str]:
     """The operators of a model."""
     return {node.op_type for node in model.graph.node}
-
-
-def state_of(values: Mapping[str, Array], kinds: Sequence[str]) -> Arrays:
-    """The tensors of these kinds: "param", "opt", "buf"."""
-    return {name: array for name, array in values.items() if name.partition("/")[0] in kinds}

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check, op_types
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from device_tests.export.helpers import check, op_types
 
 GEOMETRIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "3x3": ({"kernel_size": 3, "padding": 1}, (4, 7, 7)),

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Function, Probe, check, lowered, session
 from torch import Tensor, nn
 from torch.nn import functional
 
+from device_tests.export.helpers import Function, Probe, check, lowered, session
 from edgelocal.exporters.lowering import UnsupportedOperatorError
 
 

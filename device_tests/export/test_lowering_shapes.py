@@ -9,10 +9,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers import Function, Probe, check, lowered, op_types
 from torch import Tensor, nn
 from torch.nn import functional
 
+from device_tests.export.helpers import Function, Probe, check, lowered, op_types
 from edgelocal.exporters.lowering import UnsupportedOperatorError
 
 Shaped = tuple[Callable[[Tensor], Tensor], tuple[int, ...]]
