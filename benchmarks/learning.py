@@ -3,9 +3,9 @@
     python benchmarks/learning.py DATA WORK [--epochs 8] [--seeds 0,1] [--write docs/learning.md]
 
 DATA is CIFAR-10 in any format that `edgelocal train` reads. ResNet-32, the first 10,000 training images of a seeded
-permutation, all test images. Every training is an `edgelocal train` into WORK and is continued, not repeated, when
-the command is given again, so seeds can be added later. The costs are measured apart, in one run: every candidate in a
-process of its own, in turn, several rounds; medians are reported. `torch` is eager PyTorch with ordinary backpropagation.
+permutation, all test images. Every training is an `edgelocal train` into WORK and is continued, not repeated, when the
+command is given again, so seeds can be added later. The costs are measured apart, in one run: every candidate in a
+process of its own, in turn, several rounds; medians are reported. `torch bp` is eager PyTorch.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Peak bytes and seconds a step of every candidate and of PyTorch, medians of interleaved rounds."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("torch bp", *CANDIDATES)}
     for number in range(options.rounds):
-        for name in found:
-            found[name].append(torch_steps(options) if name == "torch bp" else our_steps(name, number, options))
+        for name, rounds in found.items():
+            rounds.append(torch_steps(options) if name == "torch bp" else our_steps(name, number, options))
     return {
         name: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]} for name, rounds in found.items()
     }
@@ -196,28 +196,33 @@ def table(result: dict[str, Any]) -> str:
     for name, cost in result["costs"].items():
         runs = [100 * r["test"] for r in result["accuracy"].get(name, [])]
         shown = f"{statistics.mean(runs):.2f} % ({', '.join(f'{r:.2f}' for r in runs)})" if runs else "not trained"
+        memory, seconds = cost["peak_bytes"], cost["step_s"]
         lines.append(
-            f"| {name} | {shown} | {format_size(int(cost['peak_bytes']))} | {cost['peak_bytes'] / base['peak_bytes']:.2f} "
-            f"| {cost['step_s']:.2f} | {cost['step_s'] / base['step_s']:.2f} |"
+            f"| {name} | {shown} | {format_size(int(memory))} | {memory / base['peak_bytes']:.2f} "
+            f"| {seconds:.2f} | {seconds / base['step_s']:.2f} |"
         )
     return "\n".join(lines)
 
 
+PAGE = """# Learning: what local learning costs and gains
+
+{network}, {images:,} training images and all 10,000 test images of CIFAR-10, {epochs} epochs, batch {batch}, SGD with
+Nesterov momentum 0.9, weight decay 1e-4, learning rate {lr} with one epoch of warm-up and a cosine to zero; the same
+for every row; seeds {listed}. The images are JPEG-compressed copies of the originals, so accuracies can differ slightly
+from those on the raw pixels. `torch bp` is eager PyTorch; the other rows run on ONNX Runtime, each in a process without
+PyTorch. Memory is the peak of the whole process; time is a training step of a batch: medians of interleaved rounds on
+{machine}, two shared cores.
+
+{table}
+
+    python benchmarks/learning.py CIFAR10 WORK --epochs {epochs} --seeds {listed} --write docs/learning.md
+"""
+
+
 def page(result: dict[str, Any]) -> str:
     """docs/learning.md."""
-    return f"""# Learning: what local learning costs and gains
-
-{result["network"]}, {result["images"]:,} training images and all 10,000 test images of CIFAR-10, {result["epochs"]} epochs, batch
-{result["batch"]}, SGD with Nesterov momentum 0.9, weight decay 1e-4, learning rate {result["lr"]} with one epoch of warm-up and a
-cosine to zero; the same for every row; seeds {", ".join(str(s) for s in result["seeds"])}. The images are JPEG-compressed copies of the
-originals, so accuracies can differ slightly from those on the raw pixels. `torch bp` is eager PyTorch; the other rows run on
-ONNX Runtime, each in a process without PyTorch. Memory is the peak of the whole process; time is a training step of a batch.
-Medians of interleaved rounds on {result["machine"]}, two shared cores.
-
-{table(result)}
-
-    python benchmarks/learning.py CIFAR10 WORK --epochs {result["epochs"]} --seeds {",".join(str(s) for s in result["seeds"])} --write docs/learning.md
-"""
+    listed = ",".join(str(s) for s in result["seeds"])
+    return PAGE.format(listed=listed, table=table(result), **{k: v for k, v in result.items() if k != "seeds"})
 
 
 if __name__ == "__main__":

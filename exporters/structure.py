@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -37,7 +38,9 @@ class _Pickler(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> Any:
         """Tensors by what a trace sees of them; the place tells shared tensors from equal ones."""
-        if id(value) not in self._inputs:
+        if not isinstance(value, torch.Tensor):
             return None
-        place = self._places.setdefault(id(value), len(self._places))
-        return place, type(value).__name__, tuple(value.shape), str(value.dtype), value.requires_grad
+        looks = type(value).__name__, tuple(value.shape), str(value.dtype), value.requires_grad
+        if id(value) not in self._inputs:
+            return *looks, value.detach().numpy().tobytes()
+        return *looks, self._places.setdefault(id(value), len(self._places))

@@ -73,15 +73,17 @@ def quadratic() -> LocalBlock:
     return build_blocks(network, RuleSpec("bp", 1, 0.5, 1, "merge"), cut, seed=0)[0]
 
 
+def parameters(block: LocalBlock) -> helpers.Arrays:
+    return {f"param/{block.tensor_names()[n]}": p.detach().numpy().copy() for n, p in block.named_parameters()}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_twenty_steps_inside_a_graph(name: str) -> None:
     optimizer, block = OPTIMIZERS[name], quadratic()
     exported = step_graph(block, TASK, optimizer, (4,), torch.float32)
     session = helpers.session(exported.model)
     state = {t.name: np.zeros(t.resolve(1), np.float32) for t in exported.inputs if t.kind == "opt"}
-    state |= {
-        f"param/{n}": p.detach().numpy().copy() for n, p in zip(block.tensor_names().values(), block.parameters())
-    }
+    state |= parameters(block)
     block.double()
     reference = optimizer.reference(list(block.parameters()))
     rng = np.random.default_rng(0)
@@ -108,7 +110,7 @@ def test_hyper_parameters_are_inputs_that_can_change() -> None:
     block = quadratic()
     exported = step_graph(block, TASK, sgd(), (4,), torch.float32)
     session, other = helpers.session(exported.model), sgd(0.5, 0.1, nesterov=True)
-    own = {f"param/{n}": p.detach().numpy() for n, p in zip(block.tensor_names().values(), block.parameters())}
+    own = parameters(block)
     slots = {t.name: np.full(t.resolve(1), 0.3, np.float32) for t in exported.inputs if t.kind == "opt"}
     feeds = {"x": np.ones((2, 4), np.float32), "y": np.zeros((2, 2), np.float32), **own, **slots}
     feeds |= {n: np.asarray(v, np.float32) for n, v in {"lr": 0.2, **other.hyper}.items()}
