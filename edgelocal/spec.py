@@ -10,14 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
-import types
-import typing
-from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
 
+from edgelocal.decode import decode, expect, unique
 from edgelocal.errors import BundleError
 
 SCHEMA = 1
@@ -28,6 +23,8 @@ MAX_RANK = 8
 MAX_NAME = 256
 DTYPES = ("float32", "int64", "bool")
 BATCH = "N"
+LOSSES = ("cross_entropy", "bce", "mse")
+PAD_MODES = ("reflect", "zero")
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,7 @@ def parse_manifest(data: bytes) -> Manifest:
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(f"manifest.json has {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}")
     try:
-        raw = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        raw = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
         json.dumps(raw, ensure_ascii=False).encode()  # half of a surrogate pair is no text and names no file
     except (ValueError, RecursionError) as error:
         raise BundleError(f"manifest.json is not valid JSON ({error}); export the bundle again") from None
@@ -214,101 +211,60 @@ def parse_manifest(data: bytes) -> Manifest:
     return manifest
 
 
-def decode(kind: Any, raw: Any, where: str) -> Any:
-    """Strict conversion of parsed JSON to `kind` (a dataclass, tuple, dict, union or scalar type)."""
-    origin = typing.get_origin(kind)
-    arguments = typing.get_args(kind)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, raw, where)
-    if origin in (typing.Union, types.UnionType):
-        return _decode_union(arguments, raw, where)
-    if origin is tuple:
-        _expect(isinstance(raw, list), where, "a list", raw)
-        return tuple(decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
-    if origin is dict:
-        _expect(isinstance(raw, dict), where, "an object", raw)
-        return {key: decode(arguments[1], value, f"{where}.{key}") for key, value in raw.items()}
-    if kind is float:
-        _expect(type(raw) in (int, float) and abs(raw) <= sys.float_info.max, where, "a finite number", raw)
-        return float(raw)
-    _expect(type(raw) is kind, where, kind.__name__, raw)
-    return raw
-
-
-_hints = cache(typing.get_type_hints)  # evaluating the annotations takes most of the time of reading a manifest
-
-
-def _decode_dataclass(kind: Any, raw: Any, where: str) -> Any:
-    _expect(isinstance(raw, dict), where, "an object", raw)
-    hints = _hints(kind)
-    unknown = sorted(set(raw) - set(hints))
-    missing = sorted(set(hints) - set(raw))
-    if unknown or missing:
-        raise BundleError(f"{where}: unknown keys {unknown}, missing keys {missing}")
-    return kind(**{key: decode(hint, raw[key], f"{where}.{key}") for key, hint in hints.items()})
-
-
-def _decode_union(arguments: tuple[Any, ...], raw: Any, where: str) -> Any:
-    if raw is None and type(None) in arguments:
-        return None
-    members = [a for a in arguments if a is not type(None)]
-    for member in members:
-        if not dataclasses.is_dataclass(member) and type(raw) is member:
-            return raw
-    return decode(members[0], raw, where)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"duplicate key {twice!r}")
-    return result
-
-
-def _expect(holds: bool, where: str, expected: str, found: Any) -> None:
-    if not holds:
-        raise BundleError(f"{where}: expected {expected}, found {str(found)[:80]!r}")
-
-
 def _check(manifest: Manifest) -> None:
     """Rules that types cannot express."""
-    _expect(len(manifest.blocks) > 0, "manifest.blocks", "at least one block", 0)
+    expect(len(manifest.blocks) > 0, "manifest.blocks", "at least one block", 0)
     names = [block.name for block in manifest.blocks]
-    _expect(len(set(names)) == len(names), "manifest.blocks", "a name of its own for each block", names)
+    expect(len(set(names)) == len(names), "manifest.blocks", "a name of its own for each block", names)
     graphs = [manifest.predict]
     for block in manifest.blocks:
         graphs += [g for g in (block.step, block.forward, block.head) if g is not None]
-        _expect(block.weights in manifest.files, f"block {block.name}", "weights listed in files", block.weights)
+        expect(block.weights in manifest.files, f"block {block.name}", "weights listed in files", block.weights)
     count = 0
     for graph in graphs:
-        _expect(graph.file in manifest.files, graph.file, "a file listed in files", graph.file)
+        expect(graph.file in manifest.files, graph.file, "a file listed in files", graph.file)
         for tensor in graph.inputs + graph.outputs:
             count += 1
             _check_tensor(tensor, f"{graph.file}: {tensor.name[:64]}")
-    _expect(count <= MAX_TENSORS, "manifest", f"at most {MAX_TENSORS} tensors", count)
+    expect(count <= MAX_TENSORS, "manifest", f"at most {MAX_TENSORS} tensors", count)
     for name, entry in manifest.files.items():
         _check_path(name)
-        _expect(entry.size >= 0 and len(entry.sha256) == 64, name, "a size and a sha256", entry)
+        expect(entry.size >= 0 and len(entry.sha256) == 64, name, "a size and a sha256", entry)
     shape = manifest.input.shape
-    _expect(0 < len(shape) <= MAX_RANK and min(shape) > 0, "manifest.input.shape", "a positive shape", shape)
+    expect(0 < len(shape) <= MAX_RANK and min(shape) > 0, "manifest.input.shape", "a positive shape", shape)
+    _check_choices(manifest)
     widths = {len(manifest.input.mean), len(manifest.input.std)}
-    _expect(all(s > 0 for s in manifest.input.std), "manifest.input.std", "positive deviations", manifest.input.std)
-    _expect(
+    expect(all(s > 0 for s in manifest.input.std), "manifest.input.std", "positive deviations", manifest.input.std)
+    expect(
         manifest.input.dtype in ("float32", "int64"), "manifest.input.dtype", "float32 or int64", manifest.input.dtype
     )
-    _expect(widths <= {1, shape[0]}, "manifest.input", f"1 or {shape[0]} means and deviations", widths)
+    expect(widths <= {1, shape[0]}, "manifest.input", f"1 or {shape[0]} means and deviations", widths)
+
+
+def _check_choices(manifest: Manifest) -> None:
+    """Settings outside what this version knows would train something else without a word."""
+    task, augment, defaults = manifest.task, manifest.augment, manifest.defaults
+    expect(task.loss in LOSSES, "manifest.task.loss", f"one of {LOSSES}", task.loss)
+    expect(task.classes > 0, "manifest.task.classes", "at least 1", task.classes)
+    expect(0 <= task.label_smoothing < 1, "manifest.task.label_smoothing", "0 <= s < 1", task.label_smoothing)
+    expect(augment.mode in PAD_MODES, "manifest.augment.mode", f"one of {PAD_MODES}", augment.mode)
+    expect(augment.pad >= 0, "manifest.augment.pad", "at least 0", augment.pad)
+    expect(defaults.batch > 0, "manifest.defaults.batch", "at least 1", defaults.batch)
+    expect(defaults.epochs > 0, "manifest.defaults.epochs", "at least 1", defaults.epochs)
+    for block in manifest.blocks:
+        for mask in block.masks:
+            expect(0 <= mask.keep <= 1, f"block {block.name}: {mask.name[:64]}", "a probability", mask.keep)
 
 
 def _check_tensor(tensor: TensorSpec, where: str) -> None:
-    _expect(0 < len(tensor.name) <= MAX_NAME, where, f"a name of 1 to {MAX_NAME} characters", tensor.name)
-    _expect(len(tensor.shape) <= MAX_RANK, where, f"at most {MAX_RANK} dimensions", tensor.shape)
-    _expect(all(d == BATCH or (type(d) is int and d > 0) for d in tensor.shape), where, "positive dims", tensor.shape)
-    _expect(tensor.dtype in DTYPES, where, f"one of {DTYPES}", tensor.dtype)
-    _expect(tensor.elements_per_sample() < 1 << 40, where, "fewer than 2^40 elements", tensor.shape)
+    expect(0 < len(tensor.name) <= MAX_NAME, where, f"a name of 1 to {MAX_NAME} characters", tensor.name)
+    expect(len(tensor.shape) <= MAX_RANK, where, f"at most {MAX_RANK} dimensions", tensor.shape)
+    expect(all(d == BATCH or (type(d) is int and d > 0) for d in tensor.shape), where, "positive dims", tensor.shape)
+    expect(tensor.dtype in DTYPES, where, f"one of {DTYPES}", tensor.dtype)
+    expect(tensor.elements_per_sample() < 1 << 40, where, "fewer than 2^40 elements", tensor.shape)
 
 
 def _check_path(name: str) -> None:
     parts = name.split("/")
     plain = all(p not in ("", ".", "..") and "\\" not in p and "\0" not in p for p in parts)
-    _expect(plain and ":" not in name and len(name) <= MAX_NAME, "manifest.files", "a plain relative path", name)
+    expect(plain and ":" not in name and len(name) <= MAX_NAME, "manifest.files", "a plain relative path", name)

@@ -112,9 +112,10 @@ def train(request: TrainRequest, display: Display) -> dict[str, Any]:
     data, validation = open_data(request.data, request.validation, manifest)
     threads = request.threads or describe().cores
     _check_fit(bundle, request.budget_bytes)
-    continued = check_resume(request.out, request.resume)
+    check_resume(request.out, request.resume)  # before the lock, which makes the folder
     info = describe_run(bundle, data, request.data, request.config, request.budget_bytes)
     with lock(request.out), _stop_signals() as stop:
+        continued = check_resume(request.out, request.resume)  # what another process has done until we held it
         return _train_locked(request, display, bundle, info, data, validation, threads, continued, stop)
 
 

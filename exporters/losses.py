@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgelocal.errors import UsageError
-from edgelocal.spec import TaskSpec
-
-LOSSES = ("cross_entropy", "bce", "mse")
+from edgelocal.spec import LOSSES, TaskSpec
 
 
 def loss(logits: Tensor, y: Tensor, task: TaskSpec) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from edgelocal import __version__
 from edgelocal.bundle import MANIFEST
 from edgelocal.errors import ExportError, UsageError
-from edgelocal.exporters.losses import LOSSES
 from edgelocal.exporters.onnx_step import ExportedGraph, forward_graph, head_graph, step_graph
 from edgelocal.exporters.optimizers import Optimizer
 from edgelocal.exporters.partition import Blocks, partition
@@ -24,6 +23,7 @@ from edgelocal.exporters.units import check_composition, load_network
 from edgelocal.exporters.weights import load_weights
 from edgelocal.onnx_wire import compose
 from edgelocal.spec import (
+    LOSSES,
     AugmentSpec,
     BlockSpec,
     DefaultsSpec,

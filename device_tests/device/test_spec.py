@@ -107,6 +107,13 @@ REFUSED: list[tuple[str, Edit, str]] = [
     ("newer schema", lambda m: m.update(schema=2), "has schema 2, this edgelocal reads up to 1: upgrade edgelocal"),
     ("schema 0", lambda m: m.update(schema=0), "schema 0, expected a positive integer"),
     ("schema as text", lambda m: m.update(schema="1"), "schema '1', expected a positive integer"),
+    ("unknown loss", lambda m: m["task"].update(loss="hinge"), "manifest.task.loss: expected one of"),
+    ("no classes", lambda m: m["task"].update(classes=0), "manifest.task.classes: expected at least 1, found '0'"),
+    ("smoothing of 1", lambda m: m["task"].update(label_smoothing=1), "label_smoothing: expected 0 <= s < 1"),
+    ("unknown padding", lambda m: m["augment"].update(mode="wrap"), "augment.mode: expected one of"),
+    ("negative padding", lambda m: m["augment"].update(pad=-1), "augment.pad: expected at least 0, found '-1'"),
+    ("batch of 0", lambda m: m["defaults"].update(batch=0), "defaults.batch: expected at least 1, found '0'"),
+    ("no epochs", lambda m: m["defaults"].update(epochs=0), "defaults.epochs: expected at least 1, found '0'"),
     ("no blocks", lambda m: m.update(blocks=[]), "manifest.blocks: expected at least one block"),
     ("parent path", renamed("../x"), r"manifest.files: expected a plain relative path, found '../x'"),
     ("parent inside", renamed("a/../../x"), "expected a plain relative path"),
@@ -166,6 +173,14 @@ def test_refused(edit: Edit, message: str) -> None:
 def test_bytes_that_are_no_manifest_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(BundleError, match=message):
         parse_manifest(data)
+
+
+@pytest.mark.parametrize("keep", [-0.1, 1.5])
+def test_a_mask_keeps_with_a_probability(keep: float) -> None:
+    manifest = json.loads(WHOLE[DROPOUT])
+    manifest["blocks"][0]["masks"][0]["keep"] = keep
+    with pytest.raises(BundleError, match="block 00: rand/0: expected a probability"):
+        parse_manifest(json.dumps(manifest).encode())
 
 
 def test_a_value_over_the_largest_float_is_refused() -> None:
