@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
-SUITE := -m pytest device_tests/device -p no:cacheprovider
+SUITE := -m pytest device_tests/device -p no:cacheprovider -m "not slow and not kills"
 
 .PHONY: demo test setup lint device-suites slow clean
 

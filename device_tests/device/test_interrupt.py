@@ -15,6 +15,7 @@ import pytest
 
 from device_tests.device.runs import DROPOUT, ENVIRONMENT, RESIDUAL, assert_same_bits, command, last_state, write_data
 
+pytestmark = pytest.mark.kills
 KILLS = 6
 EPOCHS = 60
 

@@ -16,6 +16,7 @@ import pytest
 
 from device_tests.device.runs import DROPOUT, ENVIRONMENT, RESIDUAL, write_data
 
+pytestmark = pytest.mark.kills
 DRIVER = """
 import json, os, shutil, signal, sys
 from pathlib import Path
