@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +21,6 @@ from edgelocal.exporters.trace import Batch, trace
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
-torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # parity.py is a benchmark and a test
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:

@@ -9,7 +9,6 @@ import pytest
 from parity import OPTIMIZERS, Case, Row, cases, measure
 from torch import nn
 
-import device_tests.export.helpers  # noqa: F401  # finds parity.py and sets the threads
 from edgelocal.exporters import zoo
 from edgelocal.exporters.units import GlobalMean
 from edgelocal.exporters.zoo.resnet import Bottleneck
