@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelocal.errors import BundleError
-from edgelocal.spec import MAX_MANIFEST_BYTES, BlockSpec, FileSpec, Manifest, parse_manifest
+from edgelocal.manifest import MAX_MANIFEST_BYTES, parse_manifest
+from edgelocal.spec import BlockSpec, FileSpec, Manifest
 from edgelocal.tensors import Array, TensorFormatError, decode
 
 MANIFEST = "manifest.json"

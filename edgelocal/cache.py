@@ -48,8 +48,17 @@ class OutputCache:
             path.unlink()
 
     @classmethod
-    def build(cls, folder: Path, inputs: Inputs, blocks: Sequence[Block], order: Sequence[Indices]) -> OutputCache:
+    def build(
+        cls,
+        folder: Path,
+        inputs: Inputs,
+        blocks: Sequence[Block],
+        order: Sequence[Indices],
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> OutputCache:
         """Run the samples `inputs` gives through `blocks`, consecutive frozen ones, batch by batch in `order`.
+
+        `after_batch` may raise to end it early; no file stays behind then.
 
         Raises:
             StorageError: not enough space.
@@ -68,12 +77,18 @@ class OutputCache:
                 "free space or leave --cache out"
             ) from error
         rows = np.memmap(path, dtype=np.float32, mode="r+", shape=(count, *shape))
-        for indices in order:
-            h = inputs(indices)
-            for block in blocks:
-                h = block.forward(h)
-            rows[indices] = h.array()
-        return cls(path, rows, depth)
+        cache = cls(path, rows, depth)
+        try:
+            for indices in order:
+                h = inputs(indices)
+                for block in blocks:
+                    h = block.forward(h)
+                rows[indices] = h.array()
+                after_batch()
+        except BaseException:
+            cache.close()
+            raise
+        return cache
 
 
 def _reserve(path: Path, size: int) -> None:

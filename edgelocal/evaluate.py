@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,11 +15,18 @@ from edgelocal.spec import Manifest
 
 
 def evaluate(
-    blocks: Sequence[Block], data: Dataset, manifest: Manifest, batch: int, *, exits: bool
+    blocks: Sequence[Block],
+    data: Dataset,
+    manifest: Manifest,
+    batch: int,
+    *,
+    exits: bool,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> list[dict[str, float]]:
     """Scores of the network up to the last of `blocks`, through its head; with `exits` of every block's head.
 
-    One batch at a time passes through all blocks, so memory does not grow with the data.
+    One batch at a time passes through all blocks, so memory does not grow with the data. `after_batch` may raise to
+    end it early.
     """
     scores = [Score() for _ in blocks]
     for indices in batches(len(data), batch, 0, 0, shuffle=False):
@@ -31,4 +38,5 @@ def evaluate(
             if exits or number == len(blocks) - 1:
                 loss, right = score(block.head(h).array(), y, manifest.task)
                 scores[number].add(len(indices), loss, right)
+        after_batch()
     return [s.result(manifest.task) for s in (scores if exits else scores[-1:])]

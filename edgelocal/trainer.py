@@ -149,22 +149,26 @@ class Trainer:
 
     def _run_stage(self, number: int, watcher: Watcher) -> None:
         stage = self.stages[number]
-        self._fill_cache(stage)
+        self._fill_cache(stage, watcher)
         for epoch in range(self.position.epoch, self.config.epochs):
             started = time.perf_counter()
             for indices in self._order(number, epoch):
                 self._step(stage, epoch, indices)
                 watcher.step(self)
                 self._check_budget()
-                if watcher.should_stop():
-                    watcher.commit(self)
-                    raise InterruptedRunError(
-                        f"stopped after step {self.position.steps} of {self.total_steps}; the state is committed. "
-                        "The same command goes on from there"
-                    )
-            watcher.epoch(self, self._finish_epoch(stage, epoch, time.perf_counter() - started))
+                self.stop_point(watcher)
+            watcher.epoch(self, self._finish_epoch(stage, epoch, time.perf_counter() - started, watcher))
         for index in stage.trained:
             self.blocks[index].release()
+
+    def stop_point(self, watcher: Watcher) -> None:
+        """Commit and raise InterruptedRunError, if the watcher asks to stop."""
+        if watcher.should_stop():
+            watcher.commit(self)
+            raise InterruptedRunError(
+                f"stopped after step {self.position.steps} of {self.total_steps}; the state is committed. "
+                "The same command goes on from there"
+            )
 
     def _order(self, stage: int, epoch: int) -> Iterator[Indices]:
         """The batches still to do; every stage and epoch has an order of its own."""
@@ -220,7 +224,7 @@ class Trainer:
             x = self.blocks[index].forward(x)
         return x
 
-    def _fill_cache(self, stage: Stage) -> None:
+    def _fill_cache(self, stage: Stage, watcher: Watcher) -> None:
         """Bring the cache, if the run keeps one, to the outputs of the stage's frozen blocks."""
         if not self.config.cache or not stage.frozen or self._cache_folder is None:
             return
@@ -229,13 +233,13 @@ class Trainer:
         reusable = before is not None and before.depth == len(stage.frozen) - 1
         inputs = before.read if before is not None and reusable else partial(self._input, epoch=0)
         blocks = [self.blocks[i] for i in (stage.frozen[-1:] if reusable else stage.frozen)]
-        self._cache = OutputCache.build(self._cache_folder, inputs, blocks, order)
+        self._cache = OutputCache.build(self._cache_folder, inputs, blocks, order, partial(self.stop_point, watcher))
         if before is not None:
             before.close()
         for block in blocks:
             block.release()
 
-    def _finish_epoch(self, stage: Stage, epoch: int, seconds: float) -> dict[str, Any]:
+    def _finish_epoch(self, stage: Stage, epoch: int, seconds: float, watcher: Watcher) -> dict[str, Any]:
         """The epoch's record; the scores start anew, the position moves to the next epoch."""
         task = self.manifest.task
         record: dict[str, Any] = {
@@ -246,13 +250,16 @@ class Trainer:
             "blocks": {self.blocks[i].spec.name: self.measures[i].score.result(task) for i in stage.trained},
         }
         if self.validation is not None and self.validate_every and (epoch + 1) % self.validate_every == 0:
-            upto = stage.trained[-1]
-            scores = evaluate(self.blocks[: upto + 1], self.validation, self.manifest, self.config.batch, exits=False)
-            record["validation"] = scores[-1]
+            record["validation"] = self._validate(self.blocks[: stage.trained[-1] + 1], watcher)
         for index in stage.trained:
             self.measures[index].score = Score()
         self.position.epoch, self.position.batch = epoch + 1, 0
         return record
+
+    def _validate(self, blocks: Sequence[Block], watcher: Watcher) -> dict[str, float]:
+        assert self.validation is not None, "asked before"
+        stop = partial(self.stop_point, watcher)
+        return evaluate(blocks, self.validation, self.manifest, self.config.batch, exits=False, after_batch=stop)[-1]
 
     def _check_budget(self) -> None:
         if self.budget_bytes is not None and self.process_peak_bytes > self.budget_bytes:

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -155,7 +156,12 @@ def _train_locked(
     watcher = _Watcher(folder, display, request, stop)
     with display:
         trainer.run(watcher)
-    report = make_report(trainer, info, bundle, notes, folder)
+    scores: list[dict[str, float]] = []
+    if validation is not None:
+        stop_point = partial(trainer.stop_point, watcher)
+        size = request.config.batch
+        scores = evaluate(blocks, validation, bundle.manifest, size, exits=True, after_batch=stop_point)
+    report = make_report(trainer, info, scores, notes, folder)
     folder.write_report(report)
     return report
 
@@ -196,13 +202,12 @@ class _Watcher:
         self.folder.commit(trainer)
 
 
-def make_report(trainer: Trainer, info: RunInfo, bundle: Bundle, notes: list[str], folder: RunFolder) -> dict[str, Any]:
-    """What was reached and measured, per block and for the whole run."""
-    manifest = bundle.manifest
+def make_report(
+    trainer: Trainer, info: RunInfo, scores: Sequence[dict[str, float]], notes: list[str], folder: RunFolder
+) -> dict[str, Any]:
+    """What was reached and measured, per block and for the whole run; `scores` are those of the exits on validation."""
+    manifest = trainer.manifest
     training = {name: values for record in folder.metrics for name, values in record["blocks"].items()}
-    scores: list[dict[str, float]] = []
-    if trainer.validation is not None:
-        scores = evaluate(trainer.blocks, trainer.validation, manifest, trainer.config.batch, exits=True)
     blocks = [
         {
             "name": block.spec.name,

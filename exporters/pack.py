@@ -21,6 +21,7 @@ from edgelocal.exporters.partition import Blocks, partition
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.units import check_composition, load_network
 from edgelocal.exporters.weights import load_weights
+from edgelocal.manifest import parse_manifest, render_manifest
 from edgelocal.onnx_wire import compose
 from edgelocal.spec import (
     LOSSES,
@@ -34,8 +35,6 @@ from edgelocal.spec import (
     RuleSpec,
     TaskSpec,
     TensorSpec,
-    parse_manifest,
-    render_manifest,
 )
 from edgelocal.store import atomic_write, staging
 from edgelocal.tensors import Array, encode

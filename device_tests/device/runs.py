@@ -18,6 +18,7 @@ from edgelocal.block import Block
 from edgelocal.bundle import open_bundle
 from edgelocal.config import TrainConfig
 from edgelocal.data import open_dataset
+from edgelocal.manifest import seal
 from edgelocal.run import load_blocks
 from edgelocal.spec import TaskSpec
 from edgelocal.state import decode_state
@@ -84,11 +85,13 @@ def trainer(bundle: Path, data: Path, cache_folder: Path | None = None, threads:
 
 
 class Recorder:
-    """A watcher that keeps what it is told; asks to stop after `stop_at` steps."""
+    """A watcher that keeps what it is told; asks to stop after `stop_at` steps, or at its `stop_ask`-th chance."""
 
-    def __init__(self, stop_at: int | None = None) -> None:
+    def __init__(self, stop_at: int | None = None, stop_ask: int | None = None) -> None:
         self.stop_at = stop_at
+        self.stop_ask = stop_ask
         self.steps = 0
+        self.asked = 0
         self.records: list[dict[str, Any]] = []
         self.commits: list[int] = []
 
@@ -99,7 +102,8 @@ class Recorder:
         self.records.append(record)
 
     def should_stop(self) -> bool:
-        return self.steps == self.stop_at
+        self.asked += 1
+        return self.steps == self.stop_at or self.asked == self.stop_ask
 
     def commit(self, trainer: Trainer) -> None:
         self.commits.append(trainer.position.steps)
@@ -129,18 +133,23 @@ def copy_bundle(source: Path, folder: Path, edit: Callable[[dict[str, Any]], Non
     """A copy of a bundle, its manifest changed by `edit`."""
     shutil.copytree(source, folder)
     if edit is not None:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        edit(manifest)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        edit_manifest(folder, edit)
     return folder
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest and seal it anew."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    del manifest["seal"]
+    edit(manifest)
+    (folder / "manifest.json").write_bytes(seal(json.dumps(manifest).encode()))
 
 
 def put(folder: Path, name: str, data: bytes) -> None:
     """Replace a file of a bundle and what its manifest says of it."""
     (folder / name).write_bytes(data)
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_manifest(folder, lambda manifest: manifest["files"].update({name: entry}))
 
 
 def task(loss: str = "cross_entropy", classes: int = 3, smoothing: float = 0.0) -> TaskSpec:

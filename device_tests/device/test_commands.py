@@ -12,7 +12,7 @@ import pytest
 
 from device_tests.device.runs import RESIDUAL, answer, command, copy_bundle, last_state, write_data
 from edgelocal.data import open_dataset, prepare
-from edgelocal.spec import parse_manifest
+from edgelocal.manifest import parse_manifest
 from edgelocal.tensors import decode
 
 

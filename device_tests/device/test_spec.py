@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from device_tests.device.runs import DROPOUT, RESIDUAL
 from edgelocal.errors import BundleError
+from edgelocal.manifest import MAX_MANIFEST_BYTES, SEAL, parse_manifest, render_manifest, seal
 from edgelocal.spec import (
-    MAX_MANIFEST_BYTES,
     AugmentSpec,
     DefaultsSpec,
     FileSpec,
@@ -23,20 +23,19 @@ from edgelocal.spec import (
     Manifest,
     RuleSpec,
     TensorSpec,
-    parse_manifest,
-    render_manifest,
 )
 
 Edit = Callable[[dict[str, Any]], Any]
 WHOLE = {path: (path / "manifest.json").read_bytes() for path in (RESIDUAL, DROPOUT)}
+BODY = b"{" + WHOLE[DROPOUT][len(SEAL) + 66 :]
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 def edited(edit: Edit) -> bytes:
-    raw = json.loads(WHOLE[DROPOUT])
+    raw = json.loads(BODY)
     edit(raw)
-    return json.dumps(raw).encode()
+    return seal(json.dumps(raw).encode())
 
 
 def step(raw: dict[str, Any]) -> dict[str, Any]:
@@ -158,17 +157,24 @@ def test_refused(edit: Edit, message: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is not valid JSON"),
-        (b"[]", "does not describe an edgelocal bundle"),
-        (b"\xff\xfe", "is not valid JSON"),
-        (WHOLE[DROPOUT][:-1], "is not valid JSON"),
-        (b"\xef\xbb\xbf" + WHOLE[DROPOUT], "is not valid JSON"),
-        (b'{"seed":1,' + WHOLE[DROPOUT][1:], "duplicate key 'seed'"),
-        (WHOLE[DROPOUT].replace(b'"lr":', b'"lr":1e999,"lr":', 1), "duplicate key 'lr'"),
-        (b"[" * 100_000, "is not valid JSON"),
+        (b"", "does not begin with a seal"),
+        (b"[]", "does not begin with a seal"),
+        (BODY, "does not begin with a seal"),
+        (b"\xef\xbb\xbf" + WHOLE[DROPOUT], "does not begin with a seal"),
+        (SEAL, "is damaged"),
+        (WHOLE[DROPOUT][:-1], "is damaged"),
+        (WHOLE[DROPOUT] + b"\n", "is damaged"),
+        (WHOLE[DROPOUT].replace(b'"seed":0', b'"seed":1'), "is damaged, or was edited"),
+        (seal(b"{\xff\xfe}"), "is not valid JSON"),
+        (seal(b'{"seed":1,' + BODY[1:]), "duplicate key 'seed'"),
+        (seal(BODY.replace(b'"lr":', b'"lr":1e999,"lr":', 1)), "duplicate key 'lr'"),
+        (seal(b'{"a":' + b"[" * 100_000), "is not valid JSON"),
         (b" " * (MAX_MANIFEST_BYTES + 1), f"has {MAX_MANIFEST_BYTES + 1} bytes, the limit is {MAX_MANIFEST_BYTES}"),
     ],
-    ids=["empty", "list", "no utf-8", "cut", "byte order mark", "twice", "twice inside", "nested", "large"],
+    ids=[
+        *("empty", "list", "unsealed", "byte order mark", "seal alone", "cut", "longer", "edited", "no utf-8"),
+        *("twice", "twice inside", "nested", "large"),
+    ],
 )
 def test_bytes_that_are_no_manifest_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(BundleError, match=message):
@@ -177,14 +183,22 @@ def test_bytes_that_are_no_manifest_are_refused(data: bytes, message: str) -> No
 
 @pytest.mark.parametrize("keep", [-0.1, 1.5])
 def test_a_mask_keeps_with_a_probability(keep: float) -> None:
-    manifest = json.loads(WHOLE[DROPOUT])
-    manifest["blocks"][0]["masks"][0]["keep"] = keep
     with pytest.raises(BundleError, match="block 00: rand/0: expected a probability"):
-        parse_manifest(json.dumps(manifest).encode())
+        parse_manifest(edited(lambda m: m["blocks"][0]["masks"][0].update(keep=keep)))
+
+
+def test_every_flipped_bit_is_found() -> None:
+    damaged = bytearray(WHOLE[DROPOUT])
+    for bit in range(8 * len(damaged)):
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BundleError, match=r"is damaged|does not begin with a seal"):
+            parse_manifest(bytes(damaged))
+        damaged[bit // 8] ^= 1 << bit % 8
+    assert bytes(damaged) == WHOLE[DROPOUT]
 
 
 def test_a_value_over_the_largest_float_is_refused() -> None:
-    text = WHOLE[DROPOUT].replace(b'"lr":0.01', b'"lr":1e999')
+    text = seal(BODY.replace(b'"lr":0.01', b'"lr":1e999'))
     with pytest.raises(BundleError, match=r"defaults\.lr: expected a finite number, found 'inf'"):
         parse_manifest(text)
 
@@ -198,7 +212,7 @@ def test_too_many_tensors_are_refused() -> None:
 def test_a_duplicate_among_many_keys_is_found_quickly() -> None:
     keys = b",".join(b'"%d":0' % n for n in range(200_000))
     with pytest.raises(BundleError, match="duplicate key '199999'"):
-        parse_manifest(b"{" + keys + b',"199999":0}')
+        parse_manifest(seal(b"{" + keys + b',"199999":0}'))
 
 
 def parsed_or_refused(data: bytes) -> Manifest | None:
@@ -211,15 +225,16 @@ def parsed_or_refused(data: bytes) -> Manifest | None:
     return manifest
 
 
-def test_only_bundle_errors_leave_the_parser_under_damaged_bytes() -> None:
+def test_only_bundle_errors_leave_the_parser_under_damaged_bytes_with_a_fitting_seal() -> None:
     rng = random.Random(0)
-    whole = WHOLE[DROPOUT]
+    whole = BODY
     refused = 0
     for _ in range(2500):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 2, 8))):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        refused += parsed_or_refused(bytes(data[: rng.randrange(len(data))] if rng.random() < 0.1 else data)) is None
+        cut = data[: rng.randrange(len(data))] if rng.random() < 0.1 else data
+        refused += parsed_or_refused(seal(bytes(cut))) is None
     assert refused > 1500
 
 
@@ -238,7 +253,7 @@ def test_only_bundle_errors_leave_the_parser_under_other_structures() -> None:
     rng = random.Random(1)
     refused = 0
     for _ in range(2000):
-        raw = json.loads(WHOLE[DROPOUT])
+        raw = json.loads(BODY)
         container, key = rng.choice(places(raw, []))
         if rng.random() < 0.2:
             del container[key]
@@ -246,7 +261,7 @@ def test_only_bundle_errors_leave_the_parser_under_other_structures() -> None:
             container[f"{key}?"] = container[key]
         else:
             container[key] = rng.choice(VALUES)
-        refused += parsed_or_refused(json.dumps(raw).encode()) is None
+        refused += parsed_or_refused(seal(json.dumps(raw).encode())) is None
     assert refused > 1500
 
 

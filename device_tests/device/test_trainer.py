@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from device_tests.device.runs import DROPOUT, RESIDUAL, Recorder, assert_same_bits, state_of, trainer, write_data
 from edgelocal.budget import rss_bytes
+from edgelocal.bundle import open_bundle
 from edgelocal.errors import BudgetError, DivergedError, InterruptedRunError
+from edgelocal.run import load_blocks
 from edgelocal.tensors import Array
-from edgelocal.trainer import Stage, stages
+from edgelocal.trainer import Stage, Trainer, stages
 
 
 @pytest.fixture
@@ -104,6 +107,36 @@ def test_a_stop_is_committed_after_the_step(data: Path) -> None:
     with pytest.raises(InterruptedRunError, match="after step 2 of 6"):
         trainer(RESIDUAL, data).run(watcher)
     assert watcher.commits == [2]
+
+
+def test_a_stop_at_any_chance_loses_nothing(data: Path, tmp_path: Path) -> None:
+    """In a step, a validation or while a cache is filled: going on ends with the same bits and the same records."""
+
+    def fresh() -> Trainer:
+        found = trainer(RESIDUAL, data, tmp_path / "cache", schedule="sequential", epochs=1)
+        found.config = replace(found.config, cache=True)
+        return found
+
+    whole, watcher = fresh(), Recorder()
+    whole.run(watcher)
+    steps, validations, fills = 3 * 3, 3 * 1, 2 * 3
+    assert watcher.asked == steps + validations + fills
+    for ask in range(1, watcher.asked + 1):
+        first, before, after = fresh(), Recorder(stop_ask=ask), Recorder()
+        with pytest.raises(InterruptedRunError):
+            first.run(before)
+        assert before.commits[-1] == first.position.steps
+        assert list((tmp_path / "cache").glob("*")) == []
+        second = fresh()
+        second.blocks = load_blocks(open_bundle(RESIDUAL), 1, state_of(first.blocks))
+        second.position, second.measures = first.position, first.measures
+        second.run(after)
+        assert_same_bits(state_of(second.blocks), state_of(whole.blocks))
+        assert without_times(before.records + after.records) == without_times(watcher.records)
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
 def test_divergence_ends_the_run_before_the_state_is_taken_over(data: Path) -> None:

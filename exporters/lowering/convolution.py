@@ -53,7 +53,7 @@ def _geometry(
 
 
 @lowers(aten.convolution.default)
-def convolution(
+def _convolution(
     b: GraphBuilder,
     node: fx.Node,
     x: Value,
@@ -76,7 +76,7 @@ def convolution(
 
 
 @lowers(aten.convolution_backward.default)
-def convolution_backward(
+def _convolution_backward(
     b: GraphBuilder,
     node: fx.Node,
     grad: Value,

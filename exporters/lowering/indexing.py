@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 @lowers(aten.embedding.default)
-def embedding(b: GraphBuilder, node: fx.Node, weight: Value, indices: Value, *args: Any, **kwargs: Any) -> str:
+def _embedding(b: GraphBuilder, node: fx.Node, weight: Value, indices: Value, *args: Any, **kwargs: Any) -> str:
     return b.op("Gather", weight.name, indices.name, axis=0)
 
 
@@ -34,10 +34,10 @@ def embedding_backward(
     if padding >= 0:
         real = b.op("Not", b.op("Equal", places, b.scalar(padding, torch.int64)))
         columns = b.op("Mul", columns, b.cast(real, torch.bool, grad.dtype))
-    return b.op("Transpose", _scatter(b, zeros, places, columns, accumulate=True), perm=[1, 0])
+    return b.op("Transpose", _write_columns(b, zeros, places, columns, accumulate=True), perm=[1, 0])
 
 
-def _scatter(b: GraphBuilder, x: str, places: str, values: str, accumulate: bool) -> str:
+def _write_columns(b: GraphBuilder, x: str, places: str, values: str, accumulate: bool) -> str:
     """x (M, K) with values (M, P) written or added at places (P,) of the second axis.
 
     Never ScatterND: ONNX Runtime adds in several threads without a lock, and gradients of an index that occurs twice
@@ -48,17 +48,17 @@ def _scatter(b: GraphBuilder, x: str, places: str, values: str, accumulate: bool
 
 
 @lowers(aten.gather.default)
-def gather(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value, **kwargs: Any) -> str:
+def _gather(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value, **kwargs: Any) -> str:
     return b.op("GatherElements", x.name, index.name, axis=dim % x.rank)
 
 
 @lowers(aten.scatter_add.default)
-def scatter_add(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value, source: Value) -> str:
+def _scatter_add(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value, source: Value) -> str:
     return b.op("ScatterElements", x.name, index.name, source.name, axis=dim % x.rank, reduction="add")
 
 
 @lowers(aten.scatter.src, aten.scatter.value)
-def scatter(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value, source: Value | Scalar) -> str:
+def _scatter(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value, source: Value | Scalar) -> str:
     if not isinstance(source, Value):
         values = b.op("Expand", b.scalar(source, x.dtype), b.shape(index.shape))
     else:
@@ -69,7 +69,7 @@ def scatter(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value, so
 
 
 @lowers(aten.index_select.default)
-def index_select(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value) -> str:
+def _index_select(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value) -> str:
     return b.op("Gather", x.name, index.name, axis=dim % x.rank)
 
 
@@ -95,7 +95,7 @@ def index_put(
     source = b.reshape(b.op("Transpose", wide, perm=last), [rows, math.prod(place.shape)])
     order = [*range(count), *range(count + 1, count + 1 + len(after)), count]
     moved = b.op("Transpose", b.reshape(x.name, place.merged), perm=order)
-    result = _scatter(
+    result = _write_columns(
         b, b.reshape(moved, [rows, size]), b.op("Reshape", place.places, b.ints([-1])), source, accumulate
     )
     split = b.reshape(result, [*before, *after, size])
@@ -150,7 +150,7 @@ def nll_loss(
 
 
 @lowers(aten.nll_loss_backward.default)
-def nll_loss_backward(
+def _nll_loss_backward(
     b: GraphBuilder,
     node: fx.Node,
     grad: Value,
@@ -177,7 +177,7 @@ def _picked(b: GraphBuilder, logp: Value, target: Value, ignore: int) -> tuple[s
 
 
 @lowers(aten.native_dropout_backward.default)
-def dropout_backward(b: GraphBuilder, node: fx.Node, grad: Value, mask: Value, scale: Scalar) -> str:
+def _dropout_backward(b: GraphBuilder, node: fx.Node, grad: Value, mask: Value, scale: Scalar) -> str:
     kept = b.op("Mul", grad.name, b.cast(mask.name, mask.dtype, grad.dtype))
     return b.op("Mul", kept, b.scalar(scale, grad.dtype))
 
@@ -191,7 +191,7 @@ def dropout(b: GraphBuilder, node: fx.Node, x: Value, p: float, train: bool | No
 
 
 @lowers(aten.bernoulli.p)
-def bernoulli(b: GraphBuilder, node: fx.Node, x: Value, p: float = 0.5, *, generator: Any = None) -> str:
+def _bernoulli(b: GraphBuilder, node: fx.Node, x: Value, p: float = 0.5, *, generator: Any = None) -> str:
     return b.cast(b.mask(x.shape, keep=float(p)), torch.bool, x.dtype)
 
 
@@ -202,7 +202,7 @@ def bernoulli(b: GraphBuilder, node: fx.Node, x: Value, p: float = 0.5, *, gener
     aten.empty_strided.default,
     aten.new_empty_strided.default,
 )
-def empty(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
+def _empty(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
     # What is in an empty tensor is never read; the random fill that follows only takes its shape.
     fake = node.meta["val"]
     return b.op("Expand", b.scalar(0, fake.dtype), b.shape(tuple(fake.shape)))

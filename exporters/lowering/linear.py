@@ -13,19 +13,19 @@ aten = torch.ops.aten
 
 
 @lowers(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
-def matmul(b: GraphBuilder, node: fx.Node, x: Value, y: Value) -> str:
+def _matmul(b: GraphBuilder, node: fx.Node, x: Value, y: Value) -> str:
     return b.op("MatMul", x.name, y.name)
 
 
 @lowers(aten.addmm.default)
-def addmm(
+def _addmm(
     b: GraphBuilder, node: fx.Node, bias: Value, x: Value, y: Value, *, beta: Scalar = 1, alpha: Scalar = 1
 ) -> str:
     return b.op("Gemm", x.name, y.name, bias.name, alpha=float(alpha), beta=float(beta))
 
 
 @lowers(aten.baddbmm.default)
-def baddbmm(
+def _baddbmm(
     b: GraphBuilder, node: fx.Node, bias: Value, x: Value, y: Value, *, beta: Scalar = 1, alpha: Scalar = 1
 ) -> str:
     product = b.op("Mul", b.op("MatMul", x.name, y.name), operand(b, alpha, x.dtype))

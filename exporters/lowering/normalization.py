@@ -40,7 +40,7 @@ def _count(x: Value) -> Dim:
 
 
 @lowers(aten._native_batch_norm_legit_functional.default)
-def batch_norm(
+def _batch_norm(
     b: GraphBuilder,
     node: fx.Node,
     x: Value,
@@ -68,7 +68,7 @@ def batch_norm(
 
 
 @lowers(aten._native_batch_norm_legit.no_stats)
-def batch_norm_no_stats(
+def _batch_norm_no_stats(
     b: GraphBuilder,
     node: fx.Node,
     x: Value,
@@ -104,7 +104,7 @@ def batch_norm_inference(
 
 
 @lowers(aten.native_batch_norm_backward.default)
-def batch_norm_backward(
+def _batch_norm_backward(
     b: GraphBuilder,
     node: fx.Node,
     grad: Value,

@@ -105,20 +105,20 @@ _register_binary()
 
 
 @lowers(aten.add.Tensor, aten.add.Scalar)
-def add(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand, alpha: Scalar = 1) -> str:
+def _add(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand, alpha: Scalar = 1) -> str:
     dtype = result_dtype(node)
     return b.op("Add", operand(b, x, dtype), _scaled(b, operand(b, y, dtype), alpha, dtype))
 
 
 @lowers(aten.sub.Tensor, aten.sub.Scalar)
-def sub(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand, alpha: Scalar = 1) -> str:
+def _sub(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand, alpha: Scalar = 1) -> str:
     dtype = result_dtype(node)
     return b.op("Sub", operand(b, x, dtype), _scaled(b, operand(b, y, dtype), alpha, dtype))
 
 
 @lowers(aten.rsub.Scalar, aten.rsub.Tensor)
-def rsub(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand, alpha: Scalar = 1) -> Result:
-    return sub(b, node, y, x, alpha)
+def _rsub(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand, alpha: Scalar = 1) -> Result:
+    return _sub(b, node, y, x, alpha)
 
 
 def _scaled(b: GraphBuilder, value: str, alpha: Scalar, dtype: torch.dtype) -> str:
@@ -126,44 +126,44 @@ def _scaled(b: GraphBuilder, value: str, alpha: Scalar, dtype: torch.dtype) -> s
 
 
 @lowers(aten.fmod.Tensor, aten.fmod.Scalar)
-def fmod(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand) -> str:
+def _fmod(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand) -> str:
     dtype = result_dtype(node)
     return b.op("Mod", operand(b, x, dtype), operand(b, y, dtype), fmod=1)
 
 
 @lowers(aten.rsqrt.default)
-def rsqrt(b: GraphBuilder, node: fx.Node, x: Value) -> str:
+def _rsqrt(b: GraphBuilder, node: fx.Node, x: Value) -> str:
     return b.op("Reciprocal", b.op("Sqrt", operand(b, x, result_dtype(node))))
 
 
 @lowers(aten.log1p.default)
-def log1p(b: GraphBuilder, node: fx.Node, x: Value) -> str:
+def _log1p(b: GraphBuilder, node: fx.Node, x: Value) -> str:
     dtype = result_dtype(node)
     return b.op("Log", b.op("Add", operand(b, x, dtype), b.scalar(1.0, dtype)))
 
 
 @lowers(aten.expm1.default)
-def expm1(b: GraphBuilder, node: fx.Node, x: Value) -> str:
+def _expm1(b: GraphBuilder, node: fx.Node, x: Value) -> str:
     dtype = result_dtype(node)
     return b.op("Sub", b.op("Exp", operand(b, x, dtype)), b.scalar(1.0, dtype))
 
 
 @lowers(aten.ne.Tensor, aten.ne.Scalar)
-def not_equal(b: GraphBuilder, node: fx.Node, x: Value, y: Operand) -> str:
+def _not_equal(b: GraphBuilder, node: fx.Node, x: Value, y: Operand) -> str:
     other = y.dtype if isinstance(y, Value) else x.dtype
     dtype = torch.promote_types(x.dtype, other)
     return b.op("Not", b.op("Equal", operand(b, x, dtype), operand(b, y, dtype)))
 
 
 @lowers(aten.logical_not.default, aten.bitwise_not.default)
-def logical_not(b: GraphBuilder, node: fx.Node, x: Value) -> str:
+def _logical_not(b: GraphBuilder, node: fx.Node, x: Value) -> str:
     if result_dtype(node) != torch.bool:
         raise UnsupportedOperatorError(str(node.target), "bit operations on integers")
     return b.op("Not", operand(b, x, torch.bool))
 
 
 @lowers(aten.clamp.default, aten.clamp.Tensor, aten.hardtanh.default)
-def clamp(b: GraphBuilder, node: fx.Node, x: Value, low: Operand | None = None, high: Operand | None = None) -> str:
+def _clamp(b: GraphBuilder, node: fx.Node, x: Value, low: Operand | None = None, high: Operand | None = None) -> str:
     # Clip wants bounds that are numbers; Max and Min also take tensors and broadcast.
     dtype = result_dtype(node)
     if node.target is aten.hardtanh.default:
@@ -175,13 +175,13 @@ def clamp(b: GraphBuilder, node: fx.Node, x: Value, low: Operand | None = None, 
 
 
 @lowers(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
-def where(b: GraphBuilder, node: fx.Node, condition: Value, x: Operand, y: Operand) -> str:
+def _where(b: GraphBuilder, node: fx.Node, condition: Value, x: Operand, y: Operand) -> str:
     dtype = result_dtype(node)
     return b.op("Where", operand(b, condition, torch.bool), operand(b, x, dtype), operand(b, y, dtype))
 
 
 @lowers(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-def masked_fill(b: GraphBuilder, node: fx.Node, x: Value, mask: Value, value: Operand) -> str:
+def _masked_fill(b: GraphBuilder, node: fx.Node, x: Value, mask: Value, value: Operand) -> str:
     dtype = result_dtype(node)
     return b.op("Where", operand(b, mask, torch.bool), operand(b, value, dtype), operand(b, x, dtype))
 
@@ -192,19 +192,19 @@ def masked(b: GraphBuilder, grad: str, condition: str, dtype: torch.dtype) -> st
 
 
 @lowers(aten.threshold_backward.default)
-def threshold_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value, threshold: Scalar) -> str:
+def _threshold_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value, threshold: Scalar) -> str:
     return masked(b, grad.name, b.op("Greater", x.name, b.scalar(threshold, x.dtype)), grad.dtype)
 
 
 @lowers(aten.hardtanh_backward.default)
-def hardtanh_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value, low: Scalar, high: Scalar) -> str:
+def _hardtanh_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value, low: Scalar, high: Scalar) -> str:
     above = b.op("Greater", x.name, b.scalar(low, x.dtype))
     below = b.op("Less", x.name, b.scalar(high, x.dtype))
     return masked(b, grad.name, b.op("And", above, below), grad.dtype)
 
 
 @lowers(aten.leaky_relu.default)
-def leaky_relu(b: GraphBuilder, node: fx.Node, x: Value, slope: float = 0.01) -> str:
+def _leaky_relu(b: GraphBuilder, node: fx.Node, x: Value, slope: float = 0.01) -> str:
     return b.op("LeakyRelu", x.name, alpha=float(slope))
 
 
@@ -247,12 +247,12 @@ def _half_one_plus(b: GraphBuilder, value: str, dtype: torch.dtype) -> str:
 
 
 @lowers(aten.silu.default)
-def silu(b: GraphBuilder, node: fx.Node, x: Value) -> str:
+def _silu(b: GraphBuilder, node: fx.Node, x: Value) -> str:
     return b.op("Mul", x.name, b.op("Sigmoid", x.name))
 
 
 @lowers(aten.softplus.default)
-def softplus(b: GraphBuilder, node: fx.Node, x: Value, beta: Any = 1, threshold: Any = 20) -> str:
+def _softplus(b: GraphBuilder, node: fx.Node, x: Value, beta: Any = 1, threshold: Any = 20) -> str:
     # ONNX's Softplus does not overflow, so PyTorch's switch to the identity above the threshold is not needed.
     if beta == 1:
         return b.op("Softplus", x.name)
@@ -261,10 +261,10 @@ def softplus(b: GraphBuilder, node: fx.Node, x: Value, beta: Any = 1, threshold:
 
 
 @lowers(aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
-def same(b: GraphBuilder, node: fx.Node, x: Value, **kwargs: Any) -> str:
+def _same(b: GraphBuilder, node: fx.Node, x: Value, **kwargs: Any) -> str:
     return x.name
 
 
 @lowers(aten._to_copy.default, aten.to.dtype, torch.ops.prims.convert_element_type.default)
-def to_copy(b: GraphBuilder, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> str:
+def _to_copy(b: GraphBuilder, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> str:
     return b.cast(x.name, x.dtype, result_dtype(node))

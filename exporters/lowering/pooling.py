@@ -49,7 +49,7 @@ def max_pool(
 
 
 @lowers(aten.max_pool2d_with_indices_backward.default)
-def max_pool_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value, *geometry: Any, **rest: Any) -> str:
+def _max_pool_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value, *geometry: Any, **rest: Any) -> str:
     return _to_maxima(b, grad, geometry[-1], x.shape)
 
 
@@ -67,7 +67,7 @@ def adaptive_max_pool(b: GraphBuilder, node: fx.Node, x: Value, sizes: Sequence[
 
 
 @lowers(aten.adaptive_max_pool2d_backward.default)
-def adaptive_max_pool_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value, indices: Value) -> str:
+def _adaptive_max_pool_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value, indices: Value) -> str:
     sizes = x.static(2, 3)
     rows, columns = (_adaptive_windows(size, fixed(grad.shape[2 + i])).reshape(-1) for i, size in enumerate(sizes))
     laid = _to_maxima(b, grad, indices, (*x.shape[:2], len(rows), len(columns)))
@@ -108,7 +108,7 @@ def _only_for_backward(node: fx.Node) -> None:
 
 
 @lowers(aten.avg_pool2d.default)
-def avg_pool(
+def _avg_pool(
     b: GraphBuilder,
     node: fx.Node,
     x: Value,
@@ -153,7 +153,7 @@ def avg_pool_backward(
 
 
 @lowers(aten._adaptive_avg_pool2d.default)
-def adaptive_avg_pool(b: GraphBuilder, node: fx.Node, x: Value, sizes: Sequence[int]) -> str:
+def _adaptive_avg_pool(b: GraphBuilder, node: fx.Node, x: Value, sizes: Sequence[int]) -> str:
     if list(sizes) == [1, 1]:
         return b.op("GlobalAveragePool", x.name)
     rows, columns = (_adaptive_matrix(fixed(x.shape[2 + i]), int(sizes[i])) for i in (0, 1))
@@ -161,7 +161,7 @@ def adaptive_avg_pool(b: GraphBuilder, node: fx.Node, x: Value, sizes: Sequence[
 
 
 @lowers(aten._adaptive_avg_pool2d_backward.default)
-def adaptive_avg_pool_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value) -> str:
+def _adaptive_avg_pool_backward(b: GraphBuilder, node: fx.Node, grad: Value, x: Value) -> str:
     rows, columns = (_adaptive_matrix(fixed(x.shape[2 + i]), fixed(grad.shape[2 + i])) for i in (0, 1))
     return _sandwich(b, grad, rows.T, columns)
 

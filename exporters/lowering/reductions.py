@@ -28,50 +28,50 @@ def _reduce(kind: str, b: GraphBuilder, node: fx.Node, x: Value, dims: Any, keep
 
 
 @lowers(aten.sum.default, aten.sum.dim_IntList)
-def sum_(
+def _sum_(
     b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> str:
     return _reduce("ReduceSum", b, node, x, dims, keepdim)
 
 
 @lowers(aten.mean.default, aten.mean.dim)
-def mean(
+def _mean(
     b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> str:
     return _reduce("ReduceMean", b, node, x, dims, keepdim)
 
 
 @lowers(aten.amax.default)
-def amax(b: GraphBuilder, node: fx.Node, x: Value, dims: Any = (), keepdim: bool = False) -> str:
+def _amax(b: GraphBuilder, node: fx.Node, x: Value, dims: Any = (), keepdim: bool = False) -> str:
     return _reduce("ReduceMax", b, node, x, dims, keepdim)
 
 
 @lowers(aten.amin.default)
-def amin(b: GraphBuilder, node: fx.Node, x: Value, dims: Any = (), keepdim: bool = False) -> str:
+def _amin(b: GraphBuilder, node: fx.Node, x: Value, dims: Any = (), keepdim: bool = False) -> str:
     return _reduce("ReduceMin", b, node, x, dims, keepdim)
 
 
 @lowers(aten.prod.default, aten.prod.dim_int)
-def prod(
+def _prod(
     b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> str:
     return _reduce("ReduceProd", b, node, x, dims, keepdim)
 
 
 @lowers(aten.any.default, aten.any.dim)
-def any_(b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False) -> str:
+def _any_(b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False) -> str:
     counted = b.cast(x.name, x.dtype, torch.int64)
     return b.cast(b.reduce("ReduceMax", counted, _axes(x, dims), keepdim), torch.int64, torch.bool)
 
 
 @lowers(aten.argmax.default)
-def argmax(b: GraphBuilder, node: fx.Node, x: Value, dim: int | None = None, keepdim: bool = False) -> str:
+def _argmax(b: GraphBuilder, node: fx.Node, x: Value, dim: int | None = None, keepdim: bool = False) -> str:
     flat = x.name if dim is not None else b.op("Reshape", x.name, b.ints([-1]))
     return b.op("ArgMax", flat, axis=0 if dim is None else dim % x.rank, keepdims=int(keepdim))
 
 
 @lowers(aten.max.dim)
-def max_dim(b: GraphBuilder, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -> tuple[str, str]:
+def _max_dim(b: GraphBuilder, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -> tuple[str, str]:
     axis = dim % x.rank
     return b.reduce("ReduceMax", x.name, [axis], keepdim), b.op("ArgMax", x.name, axis=axis, keepdims=int(keepdim))
 
@@ -88,26 +88,26 @@ def _moments(b: GraphBuilder, x: Value, dims: Any, correction: Any, keepdim: boo
 
 
 @lowers(aten.var_mean.correction)
-def var_mean(
+def _var_mean(
     b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, *, correction: Any = None, keepdim: bool = False
 ) -> tuple[str, str]:
     return _moments(b, x, dims, correction, keepdim)
 
 
 @lowers(aten.var.correction)
-def var(
+def _var(
     b: GraphBuilder, node: fx.Node, x: Value, dims: Any = None, *, correction: Any = None, keepdim: bool = False
 ) -> str:
     return _moments(b, x, dims, correction, keepdim)[0]
 
 
 @lowers(aten._softmax.default)
-def softmax(b: GraphBuilder, node: fx.Node, x: Value, dim: int, half_to_float: bool) -> str:
+def _softmax(b: GraphBuilder, node: fx.Node, x: Value, dim: int, half_to_float: bool) -> str:
     return b.op("Softmax", x.name, axis=dim % x.rank)
 
 
 @lowers(aten._log_softmax.default)
-def log_softmax(b: GraphBuilder, node: fx.Node, x: Value, dim: int, half_to_float: bool) -> str:
+def _log_softmax(b: GraphBuilder, node: fx.Node, x: Value, dim: int, half_to_float: bool) -> str:
     return b.op("LogSoftmax", x.name, axis=dim % x.rank)
 
 
@@ -127,6 +127,6 @@ def log_softmax_backward(b: GraphBuilder, node: fx.Node, grad: Value, y: Value, 
 
 
 @lowers(aten.cumsum.default)
-def cumsum(b: GraphBuilder, node: fx.Node, x: Value, dim: int, *, dtype: Any = None) -> str:
+def _cumsum(b: GraphBuilder, node: fx.Node, x: Value, dim: int, *, dtype: Any = None) -> str:
     axis = b.ints([dim % x.rank])
     return b.op("CumSum", operand(b, x, result_dtype(node)), b.op("Squeeze", axis, b.ints([0])))

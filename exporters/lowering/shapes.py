@@ -31,7 +31,7 @@ def _shape(node: fx.Node) -> tuple[Dim, ...]:
     aten.squeeze.dims,
     aten.squeeze.default,
 )
-def reshape(b: GraphBuilder, node: fx.Node, x: Value, *args: Any) -> str:
+def _reshape(b: GraphBuilder, node: fx.Node, x: Value, *args: Any) -> str:
     return b.reshape(x.name, _shape(node))
 
 
@@ -53,31 +53,31 @@ def _contiguous(fake: torch.Tensor) -> bool:
 
 
 @lowers(aten.copy.default)
-def copy(b: GraphBuilder, node: fx.Node, x: Value, source: Value, non_blocking: bool = False) -> str:
+def _copy(b: GraphBuilder, node: fx.Node, x: Value, source: Value, non_blocking: bool = False) -> str:
     value = b.cast(source.name, source.dtype, x.dtype)
     same = [expression(s) for s in source.shape] == [expression(s) for s in x.shape]
     return value if same else b.op("Expand", value, b.shape(x.shape))
 
 
 @lowers(aten.permute.default)
-def permute(b: GraphBuilder, node: fx.Node, x: Value, order: Sequence[int]) -> str:
+def _permute(b: GraphBuilder, node: fx.Node, x: Value, order: Sequence[int]) -> str:
     return b.op("Transpose", x.name, perm=[d % x.rank for d in order])
 
 
 @lowers(aten.transpose.int)
-def transpose(b: GraphBuilder, node: fx.Node, x: Value, first: int, second: int) -> str:
+def _transpose(b: GraphBuilder, node: fx.Node, x: Value, first: int, second: int) -> str:
     order = list(range(x.rank))
     order[first], order[second] = order[second], order[first]
     return b.op("Transpose", x.name, perm=order)
 
 
 @lowers(aten.t.default)
-def t(b: GraphBuilder, node: fx.Node, x: Value) -> str:
+def _t(b: GraphBuilder, node: fx.Node, x: Value) -> str:
     return x.name if x.rank < 2 else b.op("Transpose", x.name, perm=[1, 0])
 
 
 @lowers(aten.expand.default)
-def expand(b: GraphBuilder, node: fx.Node, x: Value, sizes: Sequence[Dim], *, implicit: bool = False) -> str:
+def _expand(b: GraphBuilder, node: fx.Node, x: Value, sizes: Sequence[Dim], *, implicit: bool = False) -> str:
     target = _shape(node)
     if len(target) == x.rank and all(expression(a) == expression(c) for a, c in zip(target, x.shape, strict=True)):
         return x.name
@@ -85,26 +85,26 @@ def expand(b: GraphBuilder, node: fx.Node, x: Value, sizes: Sequence[Dim], *, im
 
 
 @lowers(aten.repeat.default)
-def repeat(b: GraphBuilder, node: fx.Node, x: Value, times: Sequence[Dim]) -> str:
+def _repeat(b: GraphBuilder, node: fx.Node, x: Value, times: Sequence[Dim]) -> str:
     shape = (1,) * (len(times) - x.rank) + x.shape
     return b.op("Tile", b.reshape(x.name, shape), b.shape(times))
 
 
 @lowers(aten.cat.default)
-def cat(b: GraphBuilder, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> str:
+def _cat(b: GraphBuilder, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> str:
     # PyTorch skips 1-D empty tensors in cat, whatever the shape of the others.
     kept = [x for x in tensors if not (x.rank == 1 and x.shape[0] == 0)]
     return b.op("Concat", *(operand(b, x, result_dtype(node)) for x in kept), axis=dim % kept[0].rank)
 
 
 @lowers(aten.stack.default)
-def stack(b: GraphBuilder, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> str:
+def _stack(b: GraphBuilder, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> str:
     axis = dim % (tensors[0].rank + 1)
     return b.op("Concat", *(b.op("Unsqueeze", x.name, b.ints([axis])) for x in tensors), axis=axis)
 
 
 @lowers(aten.slice.Tensor)
-def slice_(
+def _slice_(
     b: GraphBuilder, node: fx.Node, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> str:
     axis = dim % x.rank
@@ -115,7 +115,7 @@ def slice_(
 
 
 @lowers(aten.slice_backward.default)
-def slice_backward(
+def _slice_backward(
     b: GraphBuilder, node: fx.Node, grad: Value, sizes: Any, dim: int, start: int, end: int, step: int
 ) -> Result:
     return slice_scatter(b, node, None, grad, dim, start, end, step)
@@ -177,12 +177,12 @@ def _pad_axis(b: GraphBuilder, value: str, rank: int, axis: int, before: int, af
 
 
 @lowers(aten.select.int)
-def select(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: int) -> str:
+def _select(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: int) -> str:
     return b.op("Gather", x.name, b.constant(np.asarray(fixed(index), dtype=np.int64)), axis=dim % x.rank)
 
 
 @lowers(aten.select_backward.default)
-def select_backward(b: GraphBuilder, node: fx.Node, grad: Value, sizes: Any, dim: int, index: int) -> str:
+def _select_backward(b: GraphBuilder, node: fx.Node, grad: Value, sizes: Any, dim: int, index: int) -> str:
     shape = _shape(node)
     axis = dim % len(shape)
     size = fixed(shape[axis])
@@ -191,14 +191,14 @@ def select_backward(b: GraphBuilder, node: fx.Node, grad: Value, sizes: Any, dim
 
 
 @lowers(aten.split_with_sizes.default, aten.split.Tensor)
-def split(b: GraphBuilder, node: fx.Node, x: Value, sizes: Any, dim: int = 0) -> tuple[str, ...]:
+def _split(b: GraphBuilder, node: fx.Node, x: Value, sizes: Any, dim: int = 0) -> tuple[str, ...]:
     axis = dim % x.rank
     widths = [fixed(part.shape[axis]) for part in node.meta["val"]]
     return b.multi("Split", [x.name, b.ints(widths)], len(widths), axis=axis)
 
 
 @lowers(aten.unbind.int)
-def unbind(b: GraphBuilder, node: fx.Node, x: Value, dim: int = 0) -> tuple[str, ...]:
+def _unbind(b: GraphBuilder, node: fx.Node, x: Value, dim: int = 0) -> tuple[str, ...]:
     axis = dim % x.rank
     return tuple(
         b.op("Gather", x.name, b.constant(np.asarray(i, dtype=np.int64)), axis=axis)
@@ -207,7 +207,7 @@ def unbind(b: GraphBuilder, node: fx.Node, x: Value, dim: int = 0) -> tuple[str,
 
 
 @lowers(aten.flip.default)
-def flip(b: GraphBuilder, node: fx.Node, x: Value, dims: Sequence[int]) -> str:
+def _flip(b: GraphBuilder, node: fx.Node, x: Value, dims: Sequence[int]) -> str:
     axes = [d % x.rank for d in dims]
     return b.slice(x.name, [-1] * len(axes), [-END] * len(axes), axes, [-1] * len(axes))
 
@@ -226,22 +226,22 @@ def padded(x: torch.Tensor, amounts: Sequence[int], value: float = 0) -> torch.T
 
 
 @lowers(aten.full.default, aten.full_like.default, aten.new_full.default)
-def full(b: GraphBuilder, node: fx.Node, like: Any, *args: Any, **kwargs: Any) -> str:
+def _full(b: GraphBuilder, node: fx.Node, like: Any, *args: Any, **kwargs: Any) -> str:
     return _filled(b, node, args[-1])
 
 
 @lowers(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
-def zeros(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
+def _zeros(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
     return _filled(b, node, 0)
 
 
 @lowers(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
-def ones(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
+def _ones(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
     return _filled(b, node, 1)
 
 
 @lowers(aten.scalar_tensor.default)
-def scalar_tensor(b: GraphBuilder, node: fx.Node, value: Scalar, **kwargs: Any) -> str:
+def _scalar_tensor(b: GraphBuilder, node: fx.Node, value: Scalar, **kwargs: Any) -> str:
     return b.scalar(value, result_dtype(node))
 
 
@@ -251,7 +251,7 @@ def _filled(b: GraphBuilder, node: fx.Node, value: Scalar) -> str:
 
 
 @lowers(aten.arange.default, aten.arange.start, aten.arange.start_step, torch.ops.prims.iota.default)
-def arange(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
+def _arange(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
     dtype = result_dtype(node)
     if node.target is torch.ops.prims.iota.default:
         start, step = kwargs["start"], kwargs["step"]

@@ -1,0 +1,129 @@
+"""The manifest as bytes: JSON behind a seal, read strictly.
+
+`parse_manifest(bytes)` and `render_manifest(Manifest)` are inverse to each other. The file begins with its seal, the
+sha256 of the JSON object without it, so that any changed bit is found. An unknown or missing key, a value of the wrong
+type, a duplicate key or a size over its cap is a `BundleError` that names the place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+from edgelocal.decode import decode, expect, unique
+from edgelocal.errors import BundleError
+from edgelocal.spec import BATCH, FORMAT, LOSSES, PAD_MODES, SCHEMA, Manifest, TensorSpec
+
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_TENSORS = 65_536
+MAX_RANK = 8
+MAX_NAME = 256
+DTYPES = ("float32", "int64", "bool")
+SEAL = b'{"seal":"'
+
+
+def render_manifest(manifest: Manifest) -> bytes:
+    """Manifest -> JSON bytes, stable for equal values."""
+    body = json.dumps(dataclasses.asdict(manifest), sort_keys=True, allow_nan=False, separators=(",", ":"))
+    return seal(body.encode())
+
+
+def seal(body: bytes) -> bytes:
+    """A JSON object with its seal put in front: the sha256 of `body` itself."""
+    return SEAL + hashlib.sha256(body).hexdigest().encode() + b'",' + body[1:]
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """JSON bytes -> Manifest.
+
+    Raises:
+        BundleError: too large, changed since it was sealed, no JSON, another format, a newer schema, or a value that
+            breaks the rules above.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"manifest.json has {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}")
+    body = b"{" + data[len(SEAL) + 64 + 2 :]
+    if not data.startswith(SEAL):
+        raise BundleError("manifest.json does not describe an edgelocal bundle: it does not begin with a seal")
+    if data != seal(body):
+        raise BundleError(
+            "manifest.json is damaged, or was edited: its seal is not that of its text; copy the bundle again"
+        )
+    try:
+        raw = json.loads(body.decode("utf-8"), object_pairs_hook=unique)
+        json.dumps(raw, ensure_ascii=False).encode()  # half of a surrogate pair is no text and names no file
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"manifest.json is not valid JSON ({error}); export the bundle again") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise BundleError(f"manifest.json does not describe an edgelocal bundle (format is not {FORMAT!r})")
+    schema = raw.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise BundleError(f"manifest.json has schema {schema!r}, expected a positive integer")
+    if schema > SCHEMA:
+        raise BundleError(
+            f"this bundle has schema {schema}, this edgelocal reads up to {SCHEMA}: upgrade edgelocal on the device, "
+            "or export with a matching version"
+        )
+    manifest: Manifest = decode(Manifest, raw, "manifest")
+    _check(manifest)
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Rules that types cannot express."""
+    expect(len(manifest.blocks) > 0, "manifest.blocks", "at least one block", 0)
+    names = [block.name for block in manifest.blocks]
+    expect(len(set(names)) == len(names), "manifest.blocks", "a name of its own for each block", names)
+    graphs = [manifest.predict]
+    for block in manifest.blocks:
+        graphs += [g for g in (block.step, block.forward, block.head) if g is not None]
+        expect(block.weights in manifest.files, f"block {block.name}", "weights listed in files", block.weights)
+    count = 0
+    for graph in graphs:
+        expect(graph.file in manifest.files, graph.file, "a file listed in files", graph.file)
+        for tensor in graph.inputs + graph.outputs:
+            count += 1
+            _check_tensor(tensor, f"{graph.file}: {tensor.name[:64]}")
+    expect(count <= MAX_TENSORS, "manifest", f"at most {MAX_TENSORS} tensors", count)
+    for name, entry in manifest.files.items():
+        _check_path(name)
+        expect(entry.size >= 0 and len(entry.sha256) == 64, name, "a size and a sha256", entry)
+    shape = manifest.input.shape
+    expect(0 < len(shape) <= MAX_RANK and min(shape) > 0, "manifest.input.shape", "a positive shape", shape)
+    _check_choices(manifest)
+    widths = {len(manifest.input.mean), len(manifest.input.std)}
+    expect(all(s > 0 for s in manifest.input.std), "manifest.input.std", "positive deviations", manifest.input.std)
+    expect(
+        manifest.input.dtype in ("float32", "int64"), "manifest.input.dtype", "float32 or int64", manifest.input.dtype
+    )
+    expect(widths <= {1, shape[0]}, "manifest.input", f"1 or {shape[0]} means and deviations", widths)
+
+
+def _check_choices(manifest: Manifest) -> None:
+    """Settings outside what this version knows would train something else without a word."""
+    task, augment, defaults = manifest.task, manifest.augment, manifest.defaults
+    expect(task.loss in LOSSES, "manifest.task.loss", f"one of {LOSSES}", task.loss)
+    expect(task.classes > 0, "manifest.task.classes", "at least 1", task.classes)
+    expect(0 <= task.label_smoothing < 1, "manifest.task.label_smoothing", "0 <= s < 1", task.label_smoothing)
+    expect(augment.mode in PAD_MODES, "manifest.augment.mode", f"one of {PAD_MODES}", augment.mode)
+    expect(augment.pad >= 0, "manifest.augment.pad", "at least 0", augment.pad)
+    expect(defaults.batch > 0, "manifest.defaults.batch", "at least 1", defaults.batch)
+    expect(defaults.epochs > 0, "manifest.defaults.epochs", "at least 1", defaults.epochs)
+    for block in manifest.blocks:
+        for mask in block.masks:
+            expect(0 <= mask.keep <= 1, f"block {block.name}: {mask.name[:64]}", "a probability", mask.keep)
+
+
+def _check_tensor(tensor: TensorSpec, where: str) -> None:
+    expect(0 < len(tensor.name) <= MAX_NAME, where, f"a name of 1 to {MAX_NAME} characters", tensor.name)
+    expect(len(tensor.shape) <= MAX_RANK, where, f"at most {MAX_RANK} dimensions", tensor.shape)
+    expect(all(d == BATCH or (type(d) is int and d > 0) for d in tensor.shape), where, "positive dims", tensor.shape)
+    expect(tensor.dtype in DTYPES, where, f"one of {DTYPES}", tensor.dtype)
+    expect(tensor.elements_per_sample() < 1 << 40, where, "fewer than 2^40 elements", tensor.shape)
+
+
+def _check_path(name: str) -> None:
+    parts = name.split("/")
+    plain = all(p not in ("", ".", "..") and "\\" not in p and "\0" not in p for p in parts)
+    expect(plain and ":" not in name and len(name) <= MAX_NAME, "manifest.files", "a plain relative path", name)
