@@ -2,19 +2,17 @@
 
     python benchmarks/parity.py [--steps 20] [--networks resnet20,vit] [--optimizers adamw] [--json] [--write]
 
-Every case trains with the same weights and batches three times: through the exported step graphs (float32), in eager
-PyTorch in float32, and in eager PyTorch in float64, which is taken for the truth. Errors are relative, and those of
-both float32 programs are given: two correct programs part by as much as either parts from the truth.
+Every case trains in eager PyTorch in float64, which is taken for the truth. Before every step the same state is given
+to the exported step graphs (float32) and to eager PyTorch in float32, and all three do the step on the same batch.
+Errors are relative:
 
-One step, several times, all three from the same state:
-    gradients   ||a - b|| / ||b|| over the optimizer's slots of all parameters (momentum; m and v): of those steps the
-                best, as one ReLU whose input is within rounding of zero turns a step's gradient by some 1e-3, while a
-                wrong formula shows in every step
-All steps, each program on its own:
     loss        largest |a - b| / |b| over all steps and blocks
-    parameters  largest ||a - b|| / ||b|| of a tensor (parameters, running statistics) after the last step; a tensor
-                smaller than 1e-4 (root mean square) counts as of that size, as it is rounding around zero
-    movement    ||da - db|| / ||db|| of all parameters together, d being the way since the start
+    gradients   ||a - b|| / ||b|| over the optimizer's slots of all parameters (momentum; m and v), median step and
+                worst step. One ReLU whose input is within rounding of zero turns a step's gradient by some 1e-3; a wrong formula
+                shows in every step
+    state       largest ||a - b|| / ||b|| of a tensor (parameters, running statistics) after a step
+    on its own  largest error of a loss when the program is never given the state of the truth. Training amplifies
+                rounding: two correct programs part by as much as either parts from the truth
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from parity_training import TASK, Errors, Graphs, Sample, by_eager, by_graphs, errors, single_steps
+from parity_training import TASK, Errors, Graphs, Sample, compare
 
 from edgelocal.exporters import zoo
 from edgelocal.exporters.optimizers import Optimizer, adamw, sgd
@@ -42,8 +40,6 @@ from edgelocal.spec import RuleSpec
 
 PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
 SHAPE, BATCH = (3, 32, 32), 8
-
-SINGLE_STEPS = 4
 
 # Name -> optimizer and a learning rate at which 20 steps from a fresh start do not diverge.
 OPTIMIZERS: dict[str, tuple[Callable[[], Optimizer], float]] = {
@@ -94,13 +90,8 @@ def measure(case: Case, steps: int) -> Row:
     """One line of the table."""
     began = time.perf_counter()
     make, lr = OPTIMIZERS[case.optimizer]
-    blocks, samples = make_blocks(case.network, case.blocks), batches(max(steps, SINGLE_STEPS))
-    data = samples[:steps]
-    graphs = Graphs(blocks, make(), SHAPE)
-    truth = by_eager(blocks, make(), data, lr, torch.float64)
-    runs = by_graphs(graphs, data, lr), by_eager(blocks, make(), data, lr, torch.float32)
-    gradients = single_steps(blocks, graphs, samples[:SINGLE_STEPS], lr)
-    graph, eager = (errors(run, truth, own) for run, own in zip(runs, gradients, strict=True))
+    blocks = make_blocks(case.network, case.blocks)
+    graph, eager = compare(blocks, Graphs(blocks, make(), SHAPE), batches(steps), lr)
     return Row(case, steps, graph, eager, time.perf_counter() - began)
 
 
@@ -117,8 +108,8 @@ def cases(networks: Sequence[str], optimizers: Sequence[str]) -> list[Case]:
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as Markdown."""
-    names = "gradients | loss | parameters | movement"
-    lines = [f"| network | optimizer | blocks | {names} | eager: {names} | s |", "|---|---|" + "--:|" * 10]
+    names = "loss | gradients | worst | state | on its own"
+    lines = [f"| network | optimizer | blocks | {names} | eager: {names} | s |", "|---|---|" + "--:|" * 12]
     for row in rows:
         figures = [f"{e:.1e}" for e in (*asdict(row.graph).values(), *asdict(row.eager).values())]
         cells = [row.case.network, row.case.optimizer, str(row.case.blocks), *figures, f"{row.seconds:.0f}"]
@@ -129,26 +120,27 @@ def table(rows: Sequence[Row]) -> str:
 def page(rows: Sequence[Row], steps: int, command: str) -> str:
     """docs/parity.md."""
     versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
-    gradient, loss = (max(rows, key=lambda r: getattr(r.graph, key)) for key in ("gradients", "loss"))
+    worst = {key: max(rows, key=lambda r: getattr(r.graph, key)) for key in ("loss", "gradients", "state")}
+    largest = "; ".join(
+        f"{key} {getattr(row.graph, key):.1e} ({label(row.case)}; eager float32: {getattr(row.eager, key):.1e})"
+        for key, row in worst.items()
+    )
     return f"""# Step graphs against eager PyTorch
 
-Every network of the zoo, trained {steps} steps on batches of {BATCH} random images of {"x".join(map(str, SHAPE))} from
-the same weights: through its exported step graphs in ONNX Runtime (float32), and in eager PyTorch in float32. All
-errors are relative, against eager PyTorch in float64. The right half is eager PyTorch's own error in float32: training
-amplifies rounding, and no float32 program can be expected to do better. Deep networks on such small images end in maps
-of one pixel, where batch norm divides by the deviation of {BATCH} values: there both programs are far from float64
-after a few steps, and only the gradients of single steps can be compared.
+Every network of the zoo, {steps} training steps on batches of {BATCH} random images of {"x".join(map(str, SHAPE))},
+through its exported step graphs in ONNX Runtime (float32), beside eager PyTorch in float32; all errors are relative, against
+eager PyTorch in float64. The state of float64 is given to both before every step, so that each step is compared by
+itself along a whole training.
 
-- gradients: of {SINGLE_STEPS} single steps, each from one common state, the error of the optimizer's slots (momentum;
-  m and v) over all parameters; the best of the steps, because a ReLU whose input is within rounding of zero turns a
-  gradient by some 1e-3, while a wrong formula shows in every step
-- loss: largest error over {steps} steps and all blocks, each program on its own
-- parameters: largest error of a tensor (parameters, running statistics; norm against norm) after the last step
-- movement: error of the way that all parameters together have gone since the start
+- loss: largest error over the steps and blocks
+- gradients: error of the optimizer's slots (momentum; m and v) over all parameters, median of the steps; worst: the
+  worst step. A ReLU whose input is within rounding of zero turns a gradient by some 1e-3, in any float32 program
+- state: largest error of a tensor (parameters, running statistics) after a step
+- on its own: largest error of a loss when the program goes on from its own state for all {steps} steps. Training
+  amplifies rounding, most in deep networks that end in maps of one pixel, where batch norm divides by the deviation of
+  {BATCH} values; the right half shows that eager PyTorch's float32 parts from float64 as far
 
-Largest error of a gradient: {gradient.graph.gradients:.1e} ({label(gradient.case)}; eager float32:
-{gradient.eager.gradients:.1e}). Largest error of a loss: {loss.graph.loss:.1e} ({label(loss.case)}; eager float32:
-{loss.eager.loss:.1e}).
+**Largest errors:** {largest}.
 
 {table(rows)}
 

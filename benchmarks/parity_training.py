@@ -25,26 +25,19 @@ Arrays = dict[str, Array]
 Sample = tuple[Array, Array]
 
 TASK = TaskSpec("cross_entropy", 10, 0.0, ())
+TINY = 1e-4  # a tensor smaller than this (root mean square) counts as of this size: rounding around zero
 SLOTS = {"momentum": "momentum_buffer", "m": "exp_avg", "v": "exp_avg_sq"}  # our names, and PyTorch's
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors against float64."""
+    """Relative errors of a float32 program against float64, see parity.py."""
 
-    gradients: float
     loss: float
-    parameters: float
-    movement: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Losses (steps, blocks), parameters at the start, and parameters and running statistics at the end."""
-
-    losses: Array
-    start: Arrays
-    end: Arrays
+    gradients: float
+    worst_gradients: float
+    state: float
+    free_loss: float
 
 
 class Graphs:
@@ -67,6 +60,16 @@ class Graphs:
             x = results[-1]["h"]
             self.state[k] = {name: results[-1][f"new/{name}"] for name in self.state[k]}
         return results
+
+    def losses(self, x: Array, y: Array, lr: float) -> list[float]:
+        """One training step; the losses of the blocks."""
+        return [float(out["loss"]) for out in self.step(x, y, lr)]
+
+    def twin(self) -> Graphs:
+        """The same graphs in the same state, which from now on is the twin's own."""
+        other = copy.copy(self)
+        other.state = [dict(state) for state in self.state]
+        return other
 
     def run(self, k: int, x: Array, y: Array, lr: float) -> Arrays:
         """The step graph of block `k` on its present state, which stays as it is."""
@@ -98,45 +101,69 @@ def initial(block: LocalBlock, graph: ExportedGraph) -> Arrays:
     return state
 
 
-def by_graphs(graphs: Graphs, data: Iterable[Sample], lr: float) -> Outcome:
-    """Train through step graphs from their present state."""
-    start = named(graphs.state, ("param",))
-    losses = [[out["loss"] for out in graphs.step(x, y, lr)] for x, y in data]
-    return Outcome(np.asarray(losses, np.float64), start, named(graphs.state, ("param", "buf")))
-
-
-def by_eager(
-    blocks: Sequence[LocalBlock], optimizer: Optimizer, data: Iterable[Sample], lr: float, dtype: torch.dtype
-) -> Outcome:
-    """Train a copy in eager PyTorch."""
-    oracle = Oracle(copy.deepcopy(list(blocks)), TASK, optimizer.reference, dtype)
-    start = {name: array for name, array in eager_state(oracle).items() if name.startswith("param/")}
-    losses = [eager_step(oracle, x, y, lr) for x, y in data]
-    return Outcome(np.asarray(losses), start, eager_state(oracle))
-
-
 def eager_step(oracle: Oracle, x: Array, y: Array, lr: float) -> list[float]:
     """The losses of one step."""
     return [float(loss) for loss, _ in oracle.step(torch.from_numpy(x), torch.from_numpy(y), lr)]
 
 
-def single_steps(
-    blocks: Sequence[LocalBlock], graphs: Graphs, data: Iterable[Sample], lr: float
-) -> tuple[list[float], list[float]]:
-    """Errors of the gradients of the step graphs and of eager float32, step by step from the state of the truth."""
-    make = graphs.optimizer.reference
-    truth = Oracle(copy.deepcopy(list(blocks)), TASK, make, torch.float64)
-    single = Oracle(copy.deepcopy(list(blocks)), TASK, make, torch.float32)
-    found: tuple[list[float], list[float]] = ([], [])
+def compare(blocks: Sequence[LocalBlock], graphs: Graphs, data: Iterable[Sample], lr: float) -> tuple[Errors, Errors]:
+    """Errors of the step graphs and of eager float32 while eager float64 trains on `data`.
+
+    Before every step both are given the state of float64; copies of both go their own way from the start.
+    """
+    oracles = [Oracle(copy.deepcopy(list(blocks)), TASK, graphs.optimizer.reference, d) for d in PRECISIONS]
+    truth, near, free = oracles
+    programs = _Record(), _Record()
+    free_graphs = graphs.twin()
     for x, y in data:
-        share(truth, single, graphs)
-        for oracle in (truth, single):
-            eager_step(oracle, x, y, lr)
-        graphs.step(x, y, lr)
-        expected = slots(truth, graphs.optimizer)
-        found[0].append(apart(named(graphs.state, ("opt",)), expected))
-        found[1].append(apart(slots(single, graphs.optimizer), expected))
-    return found
+        share(truth, near, graphs)
+        losses = eager_step(truth, x, y, lr)
+        expected = Step(losses, eager_slots(truth, graphs.optimizer), eager_state(truth))
+        found = graphs.losses(x, y, lr)
+        step = Step(found, named(graphs.state, ("opt",)), named(graphs.state, ("param", "buf")))
+        programs[0].add(step, expected, free_graphs.losses(x, y, lr))
+        found = eager_step(near, x, y, lr)
+        step = Step(found, eager_slots(near, graphs.optimizer), eager_state(near))
+        programs[1].add(step, expected, eager_step(free, x, y, lr))
+    return programs[0].errors(), programs[1].errors()
+
+
+PRECISIONS = (torch.float64, torch.float32, torch.float32)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step left: the losses of the blocks, the optimizer's slots, parameters and running statistics."""
+
+    losses: Sequence[float]
+    slots: Arrays
+    state: Arrays
+
+
+class _Record:
+    """Errors of a program step by step."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[float, float, float, float]] = []
+
+    def add(self, found: Step, expected: Step, free: Sequence[float]) -> None:
+        if found.state.keys() != expected.state.keys():
+            raise ValueError(f"different tensors: {sorted(found.state.keys() ^ expected.state.keys())}")
+        norm = np.linalg.norm
+        pairs = ((found.state[n], b) for n, b in expected.state.items())
+        tensors = [float(norm(a - b) / max(norm(b), TINY * b.size**0.5)) for a, b in pairs]
+        losses, own = (relative(values, expected.losses) for values in (found.losses, free))
+        self.rows.append((losses, apart(found.slots, expected.slots), max(tensors), own))
+
+    def errors(self) -> Errors:
+        losses, gradients, tensors, own = (list(column) for column in zip(*self.rows, strict=True))
+        return Errors(max(losses), float(np.median(gradients)), max(gradients), max(tensors), max(own))
+
+
+def relative(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Largest |a - b| / |b|."""
+    a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.max(np.abs(a - b) / np.abs(b)))
 
 
 def share(truth: Oracle, single: Oracle, graphs: Graphs) -> None:
@@ -150,14 +177,14 @@ def share(truth: Oracle, single: Oracle, graphs: Graphs) -> None:
                 tensor.copy_(tensor.to(torch.float32) if tensor.is_floating_point() else tensor)
         other.load_state_dict(block.state_dict())
         follower.load_state_dict(optimizer.state_dict())
-    values = {**eager_state(truth), **slots(truth, graphs.optimizer)}
+    values = {**eager_state(truth), **eager_slots(truth, graphs.optimizer)}
     steps = max((float(s["step"]) for o in truth.optimizers for s in o.state.values() if "step" in s), default=0.0)
     for state in graphs.state:
         state.update({name: values[name].astype(np.float32) for name in state if name in values})
         state.update({name: np.asarray(steps, np.float32) for name in state if name == "opt/step"})
 
 
-def slots(oracle: Oracle, optimizer: Optimizer) -> Arrays:
+def eager_slots(oracle: Oracle, optimizer: Optimizer) -> Arrays:
     """The optimizer's tensors under their names in the step graphs; without momentum the gradient is its slot."""
     found: Arrays = {}
     for block, own in zip(oracle.blocks, oracle.optimizers, strict=True):
@@ -202,14 +229,3 @@ def named(states: Iterable[Mapping[str, Array]], kinds: tuple[str, ...]) -> Arra
         for name, array in state.items()
         if name.partition("/")[0] in kinds and array.dtype == np.float32
     }
-
-
-def errors(found: Outcome, truth: Outcome, gradients: Sequence[float]) -> Errors:
-    """See the module."""
-    if found.end.keys() != truth.end.keys():
-        raise ValueError(f"different tensors: {sorted(found.end.keys() ^ truth.end.keys())}")
-    norm = np.linalg.norm
-    tensors = [norm(found.end[n] - b) / max(norm(b), 1e-4 * b.size**0.5) for n, b in truth.end.items()]
-    ways = [{n: run.end[n] - start for n, start in run.start.items()} for run in (found, truth)]
-    losses = np.abs(found.losses - truth.losses) / np.abs(truth.losses)
-    return Errors(min(gradients), float(losses.max()), float(max(tensors)), apart(*ways))
