@@ -8,8 +8,8 @@ Errors are relative:
 
     loss        largest |a - b| / |b| over all steps and blocks
     gradients   ||a - b|| / ||b|| over the optimizer's slots of all parameters (momentum; m and v), median step and
-                worst step. One ReLU whose input is within rounding of zero turns a step's gradient by some 1e-3; a wrong formula
-                shows in every step
+                worst step. One ReLU whose input is within rounding of zero turns a step's gradient by some 1e-3; a
+                wrong formula shows in every step
     state       largest ||a - b|| / ||b|| of a tensor (parameters, running statistics) after a step
     on its own  largest error of a loss when the program is never given the state of the truth. Training amplifies
                 rounding: two correct programs part by as much as either parts from the truth
@@ -128,9 +128,9 @@ def page(rows: Sequence[Row], steps: int, command: str) -> str:
     return f"""# Step graphs against eager PyTorch
 
 Every network of the zoo, {steps} training steps on batches of {BATCH} random images of {"x".join(map(str, SHAPE))},
-through its exported step graphs in ONNX Runtime (float32), beside eager PyTorch in float32; all errors are relative, against
-eager PyTorch in float64. The state of float64 is given to both before every step, so that each step is compared by
-itself along a whole training.
+through its exported step graphs in ONNX Runtime (float32), beside eager PyTorch in float32; all errors are relative,
+against eager PyTorch in float64. The state of float64 is given to both before every step, so that each step is compared
+by itself along a whole training.
 
 - loss: largest error over the steps and blocks
 - gradients: error of the optimizer's slots (momentum; m and v) over all parameters, median of the steps; worst: the
