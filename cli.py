@@ -196,7 +196,7 @@ def evaluate(run: Path, as_json: bool, **options: Any) -> None:
     from edgelocal.commands import evaluate_run, exits_table
 
     result = evaluate_run(run, **options)
-    _emit(result, as_json, exits_table(result))
+    _emit(result, as_json, exits_table(result), *(f"note: {note}" for note in result["notes"]))
 
 
 @main.command()
@@ -207,10 +207,10 @@ def evaluate(run: Path, as_json: bool, **options: Any) -> None:
 @_json_option
 def finish(run: Path, out: Path, exit_block: int | None, bundle: Path | None, as_json: bool) -> None:
     """Write model.onnx (inference, any runtime) and weights.safetensors (PyTorch) of RUN."""
-    from edgelocal.commands import finish_run
+    from edgelocal.commands import finish_run, finish_text
 
     result = finish_run(run, out, exit_block, bundle)
-    _emit(result, as_json, f"wrote {out}/model.onnx and {out}/weights.safetensors")
+    _emit(result, as_json, finish_text(result), *(f"note: {note}" for note in result["notes"]))
 
 
 @main.command()

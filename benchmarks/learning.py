@@ -141,7 +141,7 @@ def our_steps(name: str, number: int, options: argparse.Namespace) -> dict[str, 
             path.rmdir() if path.is_dir() else path.unlink()
     report = edgelocal(
         *("train", str(place), "--data", str(options.work / "few"), "--out", str(run)),
-        *("--epochs", "1", "--batch", str(options.batch), "--lr", "0.01"),
+        *("--epochs", "1", "--batch", str(options.batch), "--lr", "0.01", "--lr-schedule", "constant"),
     )
     return {"peak_bytes": report["process_peak_bytes"], "step_s": report["train_s"] / report["steps"]}
 

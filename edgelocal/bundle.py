@@ -73,6 +73,8 @@ def open_bundle(folder: Path) -> Bundle:
         BundleError: no bundle there, or one that is damaged or too new.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        raise BundleError(f"{folder} does not exist; `edgelocal export` writes bundles")
     if not path.is_file():
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; `edgelocal export` writes one")
     data = _read(path, MAX_MANIFEST_BYTES)

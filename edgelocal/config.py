@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgelocal.errors import UsageError
-from edgelocal.schedule import SCHEDULES
+from edgelocal.schedule import SCHEDULES, trains_nothing
 from edgelocal.spec import Manifest
 
 TRAINING_SCHEDULES = ("interleaved", "sequential")
@@ -43,6 +43,11 @@ class TrainConfig:
             raise UsageError(f"lr is {self.lr}, expected a finite number of at least 0")
         _one_of("schedule", self.schedule, TRAINING_SCHEDULES)
         _one_of("lr schedule", self.lr_schedule, SCHEDULES)
+        if trains_nothing(self.lr_schedule, self.lr, self.epochs, self.warmup_epochs):
+            raise UsageError(
+                f"the {self.lr_schedule} schedule ends at a learning rate of 0, which with epochs {self.epochs} is the "
+                "rate of every step: give more --epochs, --lr-schedule constant, or --warmup-epochs 1"
+            )
         unknown = sorted(set(self.hyper) - set(manifest.optimizer.hyper))
         if unknown:
             has = ", ".join(sorted(manifest.optimizer.hyper))

@@ -33,12 +33,12 @@ OLDEST_RUNTIME = (1, 17)
 FIRST_RUNTIME_FOR_NUMPY_2 = (1, 19)
 LITTLE_MEMORY_BYTES = 256 << 20
 
-_INSTALL = 'pip install "edgelocal[runtime]"'
+_INSTALL = "pip install onnxruntime"
 # (machine, accelerator) -> what to add to the command.
 _ADVICE = {
     ("x86_64", ""): "",
     ("x86_64", "cuda"): (
-        "to train on the NVIDIA GPU, pip install edgelocal onnxruntime-gpu instead: one runtime only, and its CUDA "
+        "to train on the NVIDIA GPU, pip install onnxruntime-gpu instead: one runtime only, and its CUDA "
         "version must match the driver's"
     ),
     ("x86_64", "jetson"): "",

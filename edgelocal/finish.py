@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,21 @@ from edgelocal.tensors import Array, encode
 def finish(bundle: Bundle, blocks: Sequence[Block], out: Path, exit_block: int | None) -> dict[str, Any]:
     """Write the folder `out`, all or nothing, and return what is in it.
 
-    `model.onnx` takes x (N, *input shape) float32, normalised as the manifest says, and returns logits (N, classes);
-    auxiliaries are left out. With `exit_block` K the network ends at block K, through its auxiliary head.
-    `weights.safetensors` holds the whole network under PyTorch's names, for `load_state_dict(strict=True)`; with
-    `exit_block` only the tensors of that smaller model.
+    `model.onnx` takes x (N, *input shape), normalised as the manifest says, and returns logits (N, classes);
+    normalisation and class names are in its metadata; auxiliaries are left out. With `exit_block` K the network ends
+    at block K, through its auxiliary head. `weights.safetensors` holds the whole network under PyTorch's names, for
+    `load_state_dict(strict=True)`; with `exit_block` only the tensors of that smaller model.
 
     Raises:
         UsageError: no such block, or `out` exists.
     """
     state = {name: array for block in blocks for name, array in block.state().items()}
-    model = bind(_network(bundle, exit_block), state)
+    manifest = bundle.manifest
+    normalization = {"scale": 255, "mean": list(manifest.input.mean), "std": list(manifest.input.std)}
+    about = {"network": manifest.network, "normalization": json.dumps(normalization)}
+    if manifest.task.class_names:
+        about["class_names"] = json.dumps(list(manifest.task.class_names))
+    model = bind(_network(bundle, exit_block), state, {f"edgelocal.{key}": value for key, value in about.items()})
     kept = blocks if exit_block is None else blocks[: exit_block + 1]
     with staging(out) as folder:
         atomic_write(folder / "model.onnx", [model])
@@ -37,8 +43,11 @@ def finish(bundle: Bundle, blocks: Sequence[Block], out: Path, exit_block: int |
         "model_bytes": len(model),
         "tensors": len(tensors),
         "exit_block": exit_block,
-        "input": ["N", *bundle.manifest.input.shape],
-        "classes": bundle.manifest.task.classes,
+        "input": ["N", *manifest.input.shape],
+        "dtype": manifest.input.dtype,
+        "normalization": normalization,
+        "classes": manifest.task.classes,
+        "class_names": list(manifest.task.class_names),
     }
 
 

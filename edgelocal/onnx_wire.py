@@ -3,7 +3,8 @@
 An ONNX file is a protobuf message: a sequence of fields, each a varint key (number * 8 + wire type) and a value. The
 fields used here (onnx.proto3): ModelProto.graph = 7; GraphProto.node = 1, initializer = 5, input = 11, output = 12;
 NodeProto.input = 1, output = 2, name = 3; ValueInfoProto.name = 1; TensorProto.dims = 1, data_type = 2, name = 8,
-raw_data = 9. All other fields are copied as they are, so the device does not depend on the onnx package.
+raw_data = 9; ModelProto.metadata_props = 14, of StringStringEntryProto.key = 1, value = 2. All other fields are copied
+as they are, so the device does not depend on the onnx package.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from edgelocal.errors import BundleError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-MODEL_GRAPH = 7
+MODEL_GRAPH, MODEL_METADATA = 7, 14
 NODE, INITIALIZER, INPUT, OUTPUT = 1, 5, 11, 12
 TENSOR_TYPES = {"float32": 1, "int64": 7, "bool": 9}
 
@@ -127,8 +128,10 @@ def compose(models: Sequence[bytes], result: str = "logits") -> bytes:
     )
 
 
-def bind(model: bytes, weights: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> bytes:
-    """Make the inputs named in `weights` constants of the graph.
+def bind(
+    model: bytes, weights: Mapping[str, np.ndarray[Any, np.dtype[Any]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Make the inputs named in `weights` constants of the graph, and add `metadata` to the model's properties.
 
     Raises:
         BundleError: an input besides the first has no weight.
@@ -139,8 +142,10 @@ def bind(model: bytes, weights: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) ->
     if missing:
         raise BundleError(f"the model wants {missing[0]!r} ({len(missing)} such), which the run does not hold")
     constants = tuple(_tensor(name, weights[name]) for name in names)
+    entries = [render([(1, BYTES, k.encode()), (2, BYTES, v.encode())]) for k, v in (metadata or {}).items()]
+    shell = (*graph.shell, *((MODEL_METADATA, BYTES, entry) for entry in entries))
     return put_together(
-        Graph(graph.shell, graph.nodes, graph.initializers + constants, graph.inputs[:1], graph.outputs, graph.rest)
+        Graph(shell, graph.nodes, graph.initializers + constants, graph.inputs[:1], graph.outputs, graph.rest)
     )
 
 

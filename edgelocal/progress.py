@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from edgelocal.budget import format_size
 from edgelocal.run import RunInfo
@@ -16,6 +16,7 @@ from edgelocal.spec import TensorSpec
 from edgelocal.trainer import Trainer
 
 LINE_EVERY_S = 10.0
+WIDE = 120  # columns from which on there is room for a bar and two blocks
 
 
 class Display:
@@ -35,8 +36,9 @@ class Display:
         self.console.print(_plan_table(trainer))
         config = trainer.config
         budget = format_size(info.budget_bytes) if info.budget_bytes else "none"
+        epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
         self._line(
-            f"{config.schedule}, {config.epochs} epochs of {len(trainer.train)} samples, batch {config.batch}, "
+            f"{config.schedule}, {epochs} of {len(trainer.train)} samples, batch {config.batch}, "
             f"{trainer.manifest.optimizer.name} lr {config.lr} {config.lr_schedule}, budget {budget}\n"
             f"onnxruntime {info.runtime['onnxruntime']} {info.runtime['provider']} on {info.runtime['machine']}, "
             f"{threads} threads, state {format_size(sum(b.state_bytes() for b in trainer.blocks))}"
@@ -49,10 +51,12 @@ class Display:
     def __enter__(self) -> Display:
         self._started = self._last_line = time.monotonic()
         if self.console.is_terminal:
+            one_line = Column(no_wrap=True)
+            bar = [BarColumn(20)] if self.console.width >= WIDE else []
             columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.description}", table_column=one_line),
+                *bar,
+                TextColumn("{task.fields[detail]}", table_column=one_line),
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=self.console, transient=True)
@@ -87,7 +91,7 @@ class Display:
         scores = "  ".join(f"{name} {_score(values)}" for name, values in _ends(record["blocks"]))
         held = f"  validation {_score(record['validation'])}" if "validation" in record else ""
         stage = f"stage {record['stage'] + 1} " if len(trainer.stages) > 1 else ""
-        self._line(f"{stage}epoch {record['epoch']}: {scores}{held}  {record['seconds']:.1f} s")
+        self._line(f"{stage}epoch {record['epoch']}: {scores}{held}  lr {record['lr']:.3g}  {record['seconds']:.1f} s")
 
     def _line(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)  # lines in a log are not cut to 80 columns
@@ -102,7 +106,8 @@ class Display:
         scores = {
             trainer.blocks[i].spec.name: trainer.measures[i].score.result(trainer.manifest.task) for i in stage.trained
         }
-        shown = "  ".join(f"{name} {_score(values)}" for name, values in _ends(scores))
+        listed = _ends(scores) if self._bar is None or self.console.width >= WIDE else list(scores.items())[-1:]
+        shown = "  ".join(f"{name} {_score(values)}" for name, values in listed)
         rate = self._rate(trainer) * trainer.config.batch
         return f"{shown}  {rate:.0f} samples/s  peak {format_size(trainer.process_peak_bytes)}"
 
@@ -165,9 +170,9 @@ def closing_line(report: dict[str, Any]) -> str:
 
 
 def _ends(blocks: dict[str, Any]) -> list[tuple[str, Any]]:
-    """All blocks if they are few, else the first and the last."""
+    """Both blocks, or the first and the last of more."""
     items = list(blocks.items())
-    return items if len(items) <= 4 else [items[0], items[-1]]
+    return items if len(items) <= 2 else [items[0], items[-1]]
 
 
 def _score(values: dict[str, float]) -> str:

@@ -26,7 +26,7 @@ from edgelocal.session import runtime_info
 from edgelocal.state import TrainingState, encode_state
 from edgelocal.store import CheckpointStore, Loaded, atomic_write
 from edgelocal.tensors import Array
-from edgelocal.trainer import Position, Trainer
+from edgelocal.trainer import Position, Trainer, stages
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -116,14 +116,30 @@ def load_blocks(bundle: Bundle, threads: int, tensors: dict[str, Array] | None) 
     return blocks
 
 
-def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None) -> tuple[RunInfo, Bundle, list[Block]]:
-    """A run's bundle, and its blocks in their last committed state. `bundle_folder` if the bundle was moved.
+@dataclass(frozen=True)
+class Trained:
+    """A run read back: its description, its bundle, and its blocks in their last committed state.
+
+    `notes` says where the run stands if it is not at its end.
+    """
+
+    info: RunInfo
+    bundle: Bundle
+    blocks: list[Block]
+    notes: tuple[str, ...]
+
+
+def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None) -> Trained:
+    """The run in `folder`. `bundle_folder` if the bundle was moved.
 
     Raises:
         CheckpointError: no run, no checkpoint, or the bundle is not the one it was trained from.
     """
     info = read_run(folder)
-    bundle = open_bundle(bundle_folder or Path(info.bundle))
+    place = bundle_folder or Path(info.bundle)
+    if bundle_folder is None and not place.exists():
+        raise CheckpointError(f"{folder} was trained from {place}, which is gone; say where it is now with --bundle")
+    bundle = open_bundle(place)
     if bundle.digest != info.bundle_digest:
         raise CheckpointError(
             f"{bundle.folder} is not the bundle that {folder} was trained from; give it with --bundle"
@@ -131,7 +147,19 @@ def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None) 
     loaded = CheckpointStore(folder, writable=False).load(info.fingerprint)
     if loaded is None:
         raise CheckpointError(f"{folder} has no checkpoint yet; wait for the first, or train again")
-    return info, bundle, load_blocks(bundle, threads, loaded.state.tensors)
+    notes = _unfinished(info.config, Position(**loaded.state.progress["position"]), len(bundle.manifest.blocks))
+    return Trained(info, bundle, load_blocks(bundle, threads, loaded.state.tensors), notes)
+
+
+def _unfinished(config: TrainConfig, position: Position, blocks: int) -> tuple[str, ...]:
+    """Where a run stands that is not at its end."""
+    count = len(stages(config.schedule, blocks))
+    if position.stage >= count:
+        return ()
+    stage = f"stage {position.stage + 1} of {count}, " if count > 1 else ""
+    return (
+        f"the run is unfinished: {stage}epoch {position.epoch + 1} of {config.epochs}, {position.steps} steps done",
+    )
 
 
 class RunFolder:
@@ -223,6 +251,30 @@ def check_resume(folder: Path, resume: str) -> bool:
     if others and not exists:
         raise UsageError(f"{folder} exists and is not a run; choose another --out")
     return exists
+
+
+def check_same(folder: Path, info: RunInfo) -> None:
+    """That the run in `folder` was begun with the bundle, data and settings of `info`.
+
+    Raises:
+        CheckpointError: it was not; the message names what differs.
+    """
+    before = read_run(folder)
+    if before.fingerprint == info.fingerprint:
+        return
+    differs = [
+        f"{name.replace('_', ' ')} {old!r} (now {new!r})"
+        for (name, old), new in zip(before.config.as_dict().items(), info.config.as_dict().values(), strict=True)
+        if old != new
+    ]
+    if before.bundle_digest != info.bundle_digest:
+        differs.append(f"another bundle, {before.bundle}")
+    if before.data_digest != info.data_digest:
+        differs.append(f"other data, {before.data}")
+    raise CheckpointError(
+        f"{folder} was begun with {', '.join(differs)}: a run goes on only as it was begun; give what it was begun "
+        "with, or a new --out"
+    )
 
 
 def _begun(path: Path) -> bool:

@@ -35,3 +35,8 @@ def learning_rate(schedule: str, base: float, epoch: int, epochs: int, warmup: i
     if epoch <= warmup:
         return rate * (epoch - 1) / warmup + WARMUP_START * (warmup + 1 - epoch) / warmup
     return rate
+
+
+def trains_nothing(schedule: str, base: float, epochs: int, warmup: int) -> bool:
+    """Whether a positive `base` comes to a rate of 0 in every epoch, as a cosine of one epoch does."""
+    return base > 0 and not any(learning_rate(schedule, base, e, epochs, warmup) > 0 for e in range(1, epochs + 1))

@@ -184,14 +184,15 @@ class Trainer:
         else:
             x = self._through(stage.frozen, self._input(indices, epoch))
         y = Tensor.of(self.train.labels[indices])
-        rate = learning_rate(
-            self.config.lr_schedule, self.config.lr, epoch + 1, self.config.epochs, self.config.warmup_epochs
-        )
-        hyper = {"lr": rate, **self.config.all_hyper(self.manifest)}
+        hyper = {"lr": self._rate(epoch), **self.config.all_hyper(self.manifest)}
         for index in stage.trained:
             x = self._train_block(index, x, y, hyper, len(indices))
         self.position.batch += 1
         self.position.steps += 1
+
+    def _rate(self, epoch: int) -> float:
+        config = self.config
+        return learning_rate(config.lr_schedule, config.lr, epoch + 1, config.epochs, config.warmup_epochs)
 
     def _train_block(self, index: int, x: Tensor, y: Tensor, hyper: dict[str, float], samples: int) -> Tensor:
         measures = self.measures[index]
@@ -245,6 +246,7 @@ class Trainer:
         record: dict[str, Any] = {
             "stage": self.position.stage,
             "epoch": epoch + 1,
+            "lr": self._rate(epoch),
             "steps": self.position.steps,
             "seconds": round(seconds, 3),
             "blocks": {self.blocks[i].spec.name: self.measures[i].score.result(task) for i in stage.trained},
@@ -265,5 +267,5 @@ class Trainer:
         if self.budget_bytes is not None and self.process_peak_bytes > self.budget_bytes:
             raise BudgetError(
                 f"the process held {format_size(self.process_peak_bytes)} at its peak, the budget is "
-                f"{format_size(self.budget_bytes)}; use a smaller --batch, or export more blocks"
+                f"{format_size(self.budget_bytes)}; use a smaller --batch and a new --out, or export more blocks"
             )

@@ -22,7 +22,17 @@ from edgelocal.errors import BudgetError, UsageError
 from edgelocal.evaluate import evaluate
 from edgelocal.formats.base import Dataset
 from edgelocal.progress import Display, count_parameters
-from edgelocal.run import RUN, RunFolder, RunInfo, check_resume, describe_run, load_blocks, read_run, restore
+from edgelocal.run import (
+    RUN,
+    RunFolder,
+    RunInfo,
+    check_resume,
+    check_same,
+    describe_run,
+    load_blocks,
+    read_run,
+    restore,
+)
 from edgelocal.session import runtime_info
 from edgelocal.spec import Manifest
 from edgelocal.store import lock
@@ -131,9 +141,13 @@ def _train_locked(
     continued: bool,
     stop: threading.Event,
 ) -> dict[str, Any]:
+    if continued:
+        check_same(request.out, info)
     folder = RunFolder(request.out, info)
     loaded = folder.resume() if continued else None
     notes = _resume_notes(request.out, info, loaded.skipped if loaded else ()) if continued else []
+    if validation is None:
+        notes.append("the data has no test split, so nothing is validated; give some with --val")
     if loaded is None:
         folder.start()
     blocks = load_blocks(bundle, threads, loaded.state.tensors if loaded else None)

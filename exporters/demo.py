@@ -60,7 +60,7 @@ def write_digits(folder: Path) -> None:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UsageError('the demo takes its data from scikit-learn: type  pip install "edgelocal[demo]"') from None
+        raise UsageError("the demo takes its data from scikit-learn: type  pip install scikit-learn") from None
     digits = load_digits()
     images = np.clip(digits.images * 16, 0, 255).astype(np.uint8)[:, None]
     labels = digits.target.astype(np.int64)

@@ -19,6 +19,9 @@ from edgelocal.budget import format_size
 MIB = 1 << 20
 
 
+CONSTANT = ("--lr-schedule", "constant")  # a cosine of one epoch trains nothing and is refused
+
+
 def train(folder: Path, *extra: object) -> list[object]:
     return ["train", RESIDUAL, "--data", folder / "d.npz", "--out", folder / "run", "--val-every", 0, *extra]
 
@@ -28,7 +31,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object], 
     """(folder with data, options, report) of a training whose batches are large beside the idle process."""
     folder = tmp_path_factory.mktemp("wide")
     write_data(folder / "d.npz", RESIDUAL, samples=8000, test=4)
-    options: list[object] = ["--epochs", 1, "--batch", 4000, "--checkpoint-steps", 1]
+    options: list[object] = ["--epochs", 1, *CONSTANT, "--batch", 4000, "--checkpoint-steps", 1]
     report = answer("train", RESIDUAL, "--data", folder / "d.npz", "--out", folder / "free", *options)
     return folder, options, report
 
@@ -74,7 +77,7 @@ def test_a_cache_that_does_not_fit_the_disk_is_refused_and_the_run_goes_on_witho
     tmp_path: Path,
 ) -> None:
     write_data(tmp_path / "d.npz", RESIDUAL, samples=600)  # 600 * 256 bytes of block output, 60 KiB of checkpoint
-    given = train(tmp_path, "--schedule", "sequential", "--cache", "--no-augment", "--epochs", 1)
+    given = train(tmp_path, "--schedule", "sequential", "--cache", "--no-augment", "--epochs", 1, *CONSTANT)
     code, result = limited(100_000, *given)
     assert (code, result["kind"]) == (8, "StorageError")
     assert "no room for a cache of 153600 bytes" in result["error"]
@@ -86,7 +89,7 @@ def test_a_cache_that_does_not_fit_the_disk_is_refused_and_the_run_goes_on_witho
 
 def test_a_model_that_does_not_fit_the_disk_leaves_no_folder(tmp_path: Path) -> None:
     write_data(tmp_path / "d.npz", RESIDUAL)
-    answer(*train(tmp_path, "--epochs", 1))
+    answer(*train(tmp_path, "--epochs", 1, *CONSTANT))
     code, result = limited(1000, "finish", tmp_path / "run", "--out", tmp_path / "model")
     assert (code, result["kind"]) == (8, "StorageError")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.npz", "run"]
@@ -107,7 +110,7 @@ def test_names_that_mean_something_elsewhere_are_only_names(tmp_path: Path, name
     folder = tmp_path / name
     folder.mkdir(parents=True)
     write_data(folder / "d.npz", RESIDUAL)
-    done = command(*train(folder, "--epochs", 1))
+    done = command(*train(folder, "--epochs", 1, *CONSTANT))
     assert done.returncode == 0, done.stderr
     shown = command("eval", folder / "run", "--data", folder / "d.npz")
     assert (shown.returncode, shown.stderr) == (0, "")
@@ -157,6 +160,6 @@ def test_infinite_pixels_in_the_last_sample_are_named_and_the_commits_before_sta
     x, y = np.zeros((64, 8, 8), np.float32), np.arange(64) % 4
     x[63, 7, 7] = np.inf
     np.savez(tmp_path / "d.npz", x=x, y=y)
-    result = answer(*train(tmp_path, "--checkpoint-steps", 1, "--epochs", 1), code=5)
+    result = answer(*train(tmp_path, "--checkpoint-steps", 1, "--epochs", 1, *CONSTANT), code=5)
     assert "sample 63 holds NaN, Inf" in result["error"]
     assert 0 <= last_state(tmp_path / "run")[0]["position"]["steps"] < 4

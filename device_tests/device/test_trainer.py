@@ -113,7 +113,7 @@ def test_a_stop_at_any_chance_loses_nothing(data: Path, tmp_path: Path) -> None:
     """In a step, a validation or while a cache is filled: going on ends with the same bits and the same records."""
 
     def fresh() -> Trainer:
-        found = trainer(RESIDUAL, data, tmp_path / "cache", schedule="sequential", epochs=1)
+        found = trainer(RESIDUAL, data, tmp_path / "cache", schedule="sequential", epochs=1, lr_schedule="constant")
         found.config = replace(found.config, cache=True)
         return found
 

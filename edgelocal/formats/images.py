@@ -219,5 +219,5 @@ def _pillow() -> ModuleType:
     try:
         from PIL import Image
     except ImportError as error:
-        raise UsageError("image files need Pillow, which is not installed: pip install edgelocal[image]") from error
+        raise UsageError("image files need Pillow, which is not installed: pip install pillow") from error
     return Image
