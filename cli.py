@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 
 from edgelocal import __version__
-from edgelocal.errors import EdgelocalError, UsageError
+from edgelocal.console import error_console
+from edgelocal.errors import EdgelocalError, InterruptedRunError, StorageError, UsageError
 
 FOLDER = click.Path(path_type=Path)
 
@@ -27,16 +30,24 @@ class _Command(click.Group):
         except click.ClickException as error:
             _emit_error(error.format_message(), error)
             raise  # click knows how to show it
+        except (KeyboardInterrupt, click.Abort):
+            _fail(InterruptedRunError("interrupted; what was committed before stands"))
         except EdgelocalError as error:
-            _emit_error(str(error), error)
-            click.echo(f"edgelocal: {error}", err=True)
-            sys.exit(error.exit_code)
+            _fail(error)
+
+
+def _fail(error: EdgelocalError) -> NoReturn:
+    """One line on stderr, and the exit code."""
+    _emit_error(str(error), error)
+    error_console().print(f"edgelocal: {error}", soft_wrap=True)
+    sys.exit(error.exit_code)
 
 
 def _emit_error(message: str, error: EdgelocalError | click.ClickException) -> None:
     """With --json, the object that stands in for the result."""
     if "--json" in sys.argv:
-        click.echo(json.dumps({"error": message, "kind": type(error).__name__, "exit_code": error.exit_code}))
+        with contextlib.suppress(OSError):  # the exit code still says it
+            click.echo(json.dumps({"error": message, "kind": type(error).__name__, "exit_code": error.exit_code}))
 
 
 def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,12 +58,19 @@ def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _emit(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
     """The result as JSON, or what a person reads of it."""
-    if as_json:
-        click.echo(json.dumps(result, sort_keys=True))
-        return
-    console = Console(highlight=False, markup=False)
-    for part in shown:
-        console.print(part, soft_wrap=isinstance(part, str))
+    try:
+        if as_json:
+            click.echo(json.dumps(result, sort_keys=True))
+            return
+        console = Console(highlight=False, markup=False)
+        for part in shown:
+            console.print(part, soft_wrap=isinstance(part, str))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # whoever reads has seen enough; click ends the command quietly
+    except OSError as error:
+        found = f"the result cannot be written to stdout ({error.strerror})"
+        raise StorageError(f"{found}; the work itself is done") from None
 
 
 @click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -75,7 +93,13 @@ def main() -> None:
 @click.option("--rule", default="auglocal", show_default=True, help="auglocal, linear or bp (one block, the baseline).")
 @click.option("--aux-depth", default=2, show_default=True, help="Largest depth of the auxiliary networks.")
 @click.option("--tau", default=0.5, show_default=True, help="How much shallower later auxiliaries are, 0 to 1.")
-@click.option("--tail", type=click.Choice(["merge", "all"]), default="merge", show_default=True)
+@click.option(
+    "--tail",
+    type=click.Choice(["merge", "all"]),
+    default="merge",
+    show_default=True,
+    help="merge: the last aux-depth + 1 units are one block; all: every unit may be one.",
+)
 @click.option(
     "--input",
     "input_shape",
@@ -83,14 +107,22 @@ def main() -> None:
     show_default=True,
     help="CxHxW or a length; int64:LENGTH for token ids.",
 )
-@click.option("--classes", default=10, show_default=True)
+@click.option("--classes", default=10, show_default=True, help="Width of the output.")
 @click.option("--class-names", default="", help="Comma-separated, in the order of the outputs.")
 @click.option(
-    "--normalize", default="auto", show_default=True, help="auto, cifar, imagenet, none, or MEAN/STD with commas."
+    "--normalize", default="auto", show_default=True, help="auto, cifar, imagenet, half, none, or MEAN/STD with commas."
 )
-@click.option("--loss", type=click.Choice(["cross_entropy", "bce", "mse"]), default="cross_entropy", show_default=True)
+@click.option(
+    "--loss",
+    type=click.Choice(["cross_entropy", "bce", "mse"]),
+    default="cross_entropy",
+    show_default=True,
+    help="The local loss of every block.",
+)
 @click.option("--label-smoothing", default=0.0, show_default=True)
-@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True)
+@click.option(
+    "--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True, help="Goes into the graphs."
+)
 @click.option("--momentum", type=float, help="SGD's momentum.  [default: 0.9]")
 @click.option("--weight-decay", type=float, help="[default: 1e-4 for sgd, 1e-2 for adamw]")
 @click.option("--nesterov/--no-nesterov", default=True, show_default=True)
@@ -100,10 +132,16 @@ def main() -> None:
 @click.option("--batch", default=128, show_default=True, help="Default batch on the device.")
 @click.option("--epochs", default=10, show_default=True, help="Default number of epochs.")
 @click.option("--lr", default=0.1, show_default=True, help="Default learning rate.")
-@click.option("--lr-schedule", type=click.Choice(["constant", "step", "cosine"]), default="cosine", show_default=True)
+@click.option(
+    "--lr-schedule",
+    type=click.Choice(["constant", "step", "cosine"]),
+    default="cosine",
+    show_default=True,
+    help="Default schedule; cosine ends at 0.",
+)
 @click.option("--weights", type=FOLDER, help="Start from a .safetensors or .pt file (read weights-only).")
 @click.option("--partial-weights", is_flag=True, help="Take from --weights what fits, and report the rest.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the initial weights.")
 @_json_option
 def export(network: str, out: Path, as_json: bool, **options: Any) -> None:
     """Turn NETWORK into the bundle folder OUT.
@@ -148,7 +186,7 @@ def verify(bundle: Path, as_json: bool) -> None:
     )
 
 
-@main.command()
+@main.command(short_help="Train BUNDLE, or continue.")
 @click.argument("bundle", type=FOLDER)
 @click.option(
     "--data", type=FOLDER, required=True, help="Images by class folder or .zip, CIFAR binary, IDX, .npz, .npy."
@@ -160,36 +198,49 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.option("--batch", type=int, help="[default: the bundle's]")
 @click.option("--lr", type=float, help="[default: the bundle's]")
 @click.option("--lr-schedule", type=click.Choice(["constant", "step", "cosine"]), help="[default: the bundle's]")
-@click.option("--warmup-epochs", default=0, show_default=True)
+@click.option("--warmup-epochs", default=0, show_default=True, help="The rate rises over this many epochs.")
 @click.option("--hyper", multiple=True, metavar="NAME=VALUE", help="Override a hyper-parameter of the optimizer.")
-@click.option("--schedule", type=click.Choice(["interleaved", "sequential"]), default="interleaved", show_default=True)
+@click.option(
+    "--schedule",
+    type=click.Choice(["interleaved", "sequential"]),
+    default="interleaved",
+    show_default=True,
+    help="Every batch through all blocks, or one block after the other.",
+)
 @click.option("--cache", is_flag=True, help="Sequential: keep outputs of frozen blocks on disk.")
-@click.option("--augment/--no-augment", default=True, show_default=True)
+@click.option("--augment/--no-augment", default=True, show_default=True, help="As the bundle says.")
 @click.option("--memory-budget", help="Bytes the process may hold: 256MiB, 1.5GB, 60%, auto.  [default: no limit]")
-@click.option("--resume", type=click.Choice(["auto", "never", "must"]), default="auto", show_default=True)
+@click.option(
+    "--resume",
+    type=click.Choice(["auto", "never", "must"]),
+    default="auto",
+    show_default=True,
+    help="auto: continue the run in --out, if there is one.",
+)
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Commit every so many steps.")
 @click.option(
     "--checkpoint-seconds", type=float, default=300.0, show_default=True, help="Commit every so many seconds."
 )
-@click.option("--threads", type=click.IntRange(min=1), help="[default: the usable cores]")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(1, 256), help="[default: the usable cores]")
+@click.option("--seed", default=0, show_default=True, help="Of order, augmentation and masks.")
 @_json_option
 def train(as_json: bool, **options: Any) -> None:
     """Train BUNDLE block by block into a run folder. The same command continues an interrupted run."""
     from edgelocal.progress import Display, closing_line, report_table
+    from edgelocal.signals import stop_signals
     from edgelocal.training import make_request, train
 
-    request = make_request(**options)
-    report = train(request, Display(Console(stderr=True, highlight=False, markup=False)))
-    _emit(report, as_json, report_table(report), closing_line(report))
+    with stop_signals() as stop:
+        report = train(make_request(**options), Display(error_console()), stop)
+        _emit(report, as_json, report_table(report), closing_line(report))
 
 
-@main.command("eval")
+@main.command("eval", short_help="Measure RUN, at its end and at every exit.")
 @click.argument("run", type=FOLDER)
 @click.option("--data", type=FOLDER, required=True, help="The test split, or all of it if it has none.")
 @click.option("--bundle", type=FOLDER, help="Where the bundle is, if it was moved.")
 @click.option("--batch", type=click.IntRange(min=1), help="[default: the run's]")
-@click.option("--threads", type=click.IntRange(min=1), help="[default: the usable cores]")
+@click.option("--threads", type=click.IntRange(1, 256), help="[default: the usable cores]")
 @_json_option
 def evaluate(run: Path, as_json: bool, **options: Any) -> None:
     """Measure the network of RUN, at its end and at the exit of every block."""
@@ -199,7 +250,7 @@ def evaluate(run: Path, as_json: bool, **options: Any) -> None:
     _emit(result, as_json, exits_table(result), *(f"note: {note}" for note in result["notes"]))
 
 
-@main.command()
+@main.command(short_help="Write the model of RUN: ONNX and PyTorch.")
 @click.argument("run", type=FOLDER)
 @click.option("--out", type=FOLDER, required=True, help="Folder to write.")
 @click.option("--exit-block", type=int, help="End the network at this block, through its auxiliary head.")
@@ -213,7 +264,7 @@ def finish(run: Path, out: Path, exit_block: int | None, bundle: Path | None, as
     _emit(result, as_json, finish_text(result), *(f"note: {note}" for note in result["notes"]))
 
 
-@main.command()
+@main.command(short_help="This machine, this installation, what to mend.")
 @_json_option
 def doctor(as_json: bool) -> None:
     """Say what this machine and this installation are, and what to mend."""
@@ -225,7 +276,7 @@ def doctor(as_json: bool) -> None:
         sys.exit(UsageError.exit_code)
 
 
-@main.command()
+@main.command(short_help="The whole way on handwritten digits.")
 @click.option(
     "--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder for bundle, data, run and model."
 )
@@ -244,8 +295,8 @@ def demo(out: Path, memory_budget: str, as_json: bool) -> None:
 
 def _say(as_json: bool) -> Callable[[str], None]:
     """Where commands tell what they are doing: stderr, or nowhere with --json."""
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    return (lambda text: None) if as_json else console.print
+    console = error_console()
+    return (lambda text: None) if as_json else partial(console.print, soft_wrap=True)
 
 
 def _need_export_extra() -> None:

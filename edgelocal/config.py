@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from edgelocal.errors import UsageError
 from edgelocal.schedule import SCHEDULES, trains_nothing
 from edgelocal.spec import Manifest
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 TRAINING_SCHEDULES = ("interleaved", "sequential")
 
 
@@ -39,8 +41,11 @@ class TrainConfig:
         for name, low in (("epochs", 1), ("batch", 1), ("warmup_epochs", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least {low}")
-        if not math.isfinite(self.lr) or self.lr < 0:
-            raise UsageError(f"lr is {self.lr}, expected a finite number of at least 0")
+        if not 0 <= self.lr <= FLOAT32_MAX:
+            raise UsageError(f"lr is {self.lr}, expected a number of at least 0 that fits 32 bits")
+        for name, value in self.hyper.items():
+            if not abs(value) <= FLOAT32_MAX:
+                raise UsageError(f"--hyper {name} is {value}, expected a number that fits 32 bits")
         _one_of("schedule", self.schedule, TRAINING_SCHEDULES)
         _one_of("lr schedule", self.lr_schedule, SCHEDULES)
         if trains_nothing(self.lr_schedule, self.lr, self.epochs, self.warmup_epochs):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+import numpy as np
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from edgelocal import __version__
 from edgelocal.budget import format_size
 from edgelocal.run import RunInfo
 from edgelocal.spec import TensorSpec
 from edgelocal.trainer import Trainer
 
 LINE_EVERY_S = 10.0
-WIDE = 120  # columns from which on there is room for a bar and two blocks
 
 
 class Display:
@@ -25,6 +29,7 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bar: Progress | None = None
+        self._live: Live | None = None
         self._task: Any = None
         self._started = 0.0
         self._start_steps = 0
@@ -40,7 +45,9 @@ class Display:
         self._line(
             f"{config.schedule}, {epochs} of {len(trainer.train)} samples, batch {config.batch}, "
             f"{trainer.manifest.optimizer.name} lr {config.lr} {config.lr_schedule}, budget {budget}\n"
-            f"onnxruntime {info.runtime['onnxruntime']} {info.runtime['provider']} on {info.runtime['machine']}, "
+            f"edgelocal {__version__}, Python {platform.python_version()}, numpy {np.__version__}, onnxruntime "
+            f"{info.runtime['onnxruntime']} {info.runtime['provider']} on {info.runtime['machine']}; exported with "
+            f"{', '.join(f'{name} {version}' for name, version in trainer.manifest.versions.items())}\n"
             f"{threads} threads, state {format_size(sum(b.state_bytes() for b in trainer.blocks))}"
         )
         if trainer.position.steps:
@@ -52,43 +59,46 @@ class Display:
         self._started = self._last_line = time.monotonic()
         if self.console.is_terminal:
             one_line = Column(no_wrap=True)
-            bar = [BarColumn(20)] if self.console.width >= WIDE else []
             columns = (
                 TextColumn("{task.description}", table_column=one_line),
-                *bar,
+                BarColumn(12),
                 TextColumn("{task.fields[detail]}", table_column=one_line),
                 TimeRemainingColumn(),
             )
-            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("training", total=None, detail="")
-            self._bar.start()
+            self._live = Live(self._bar, console=self.console, transient=True)
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._bar = self._live = None
 
     def step(self, trainer: Trainer) -> None:
         """After every step."""
-        if self._bar is not None:
+        if self._bar is not None and self._live is not None:
             self._bar.update(
                 self._task,
                 total=trainer.total_steps,
                 completed=trainer.position.steps,
                 description=self._where(trainer),
-                detail=self._detail(trainer),
+                detail=self._speed(trainer),
             )
+            scores = [f"{name} {_score(values)}" for name, values in _scores(trainer).items()]
+            self._live.update(Group(self._bar, Columns(scores, padding=(0, 3))))
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
+            scores = [f"{name} {_score(values)}" for name, values in _ends(_scores(trainer))]
             left = self._left_s(trainer)
-            self._line(f"{self._where(trainer)}: {self._detail(trainer)}, {left:.0f} s left")
+            self._line(f"{self._where(trainer)}: {'  '.join(scores)}  {self._speed(trainer)}, {left:.0f} s left")
 
     def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """After every epoch: one line with the scores of its blocks."""
-        scores = "  ".join(f"{name} {_score(values)}" for name, values in _ends(record["blocks"]))
+        scores = "  ".join(f"{name} {_score(values)}" for name, values in record["blocks"].items())
         held = f"  validation {_score(record['validation'])}" if "validation" in record else ""
         stage = f"stage {record['stage'] + 1} " if len(trainer.stages) > 1 else ""
         self._line(f"{stage}epoch {record['epoch']}: {scores}{held}  lr {record['lr']:.3g}  {record['seconds']:.1f} s")
@@ -101,15 +111,9 @@ class Display:
         name = f"block {trainer.blocks[stage.trained[0]].spec.name} " if len(trainer.stages) > 1 else ""
         return f"{name}epoch {trainer.position.epoch + 1}/{trainer.config.epochs}"
 
-    def _detail(self, trainer: Trainer) -> str:
-        stage = trainer.stages[min(trainer.position.stage, len(trainer.stages) - 1)]
-        scores = {
-            trainer.blocks[i].spec.name: trainer.measures[i].score.result(trainer.manifest.task) for i in stage.trained
-        }
-        listed = _ends(scores) if self._bar is None or self.console.width >= WIDE else list(scores.items())[-1:]
-        shown = "  ".join(f"{name} {_score(values)}" for name, values in listed)
+    def _speed(self, trainer: Trainer) -> str:
         rate = self._rate(trainer) * trainer.config.batch
-        return f"{shown}  {rate:.0f} samples/s  peak {format_size(trainer.process_peak_bytes)}"
+        return f"{rate:.0f} samples/s  peak {format_size(trainer.process_peak_bytes)}"
 
     def _rate(self, trainer: Trainer) -> float:
         elapsed = max(time.monotonic() - self._started, 1e-9)
@@ -147,7 +151,7 @@ def report_table(report: dict[str, Any]) -> Table:
     metric = "absolute error" if report["loss"] == "mse" else "accuracy"
     table = Table(title=f"{report['network']}, rule {report['rule']}, {report['schedule']}", title_justify="left")
     table.add_column("block")
-    for name in ("local loss", metric, f"validation {metric}", "peak memory", "time"):
+    for name in ("local loss", metric, f"validation {metric}", "process peak", "time"):
         table.add_column(name, justify="right")
     for block in report["blocks"]:
         training, held = block["training"] or {}, block["validation"] or {}
@@ -167,6 +171,13 @@ def closing_line(report: dict[str, Any]) -> str:
     held = f"validation {_score(report['validation'])}, " if report["validation"] else ""
     budget = f" of a budget of {format_size(report['budget_bytes'])}" if report["budget_bytes"] else ""
     return f"{held}peak memory {format_size(report['process_peak_bytes'])}{budget}, {report['train_s']:.1f} s in steps"
+
+
+def _scores(trainer: Trainer) -> dict[str, Any]:
+    """Scores of the epoch so far, by name of the blocks that train."""
+    stage = trainer.stages[min(trainer.position.stage, len(trainer.stages) - 1)]
+    task = trainer.manifest.task
+    return {trainer.blocks[i].spec.name: trainer.measures[i].score.result(task) for i in stage.trained}
 
 
 def _ends(blocks: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgelocal.block import Block
-from edgelocal.budget import PeakMeter, format_size
+from edgelocal.budget import PeakMeter, format_size, peak_rss_bytes
 from edgelocal.cache import OutputCache
 from edgelocal.config import TrainConfig
 from edgelocal.data import batches, prepare
-from edgelocal.errors import BudgetError, InterruptedRunError
+from edgelocal.errors import BudgetError, DataError, InterruptedRunError
 from edgelocal.evaluate import evaluate
 from edgelocal.formats.base import Dataset, Indices
 from edgelocal.schedule import learning_rate
@@ -135,14 +135,19 @@ class Trainer:
             InterruptedRunError: the watcher asked to stop; the state was committed.
             DivergedError: a loss is not finite; the last commit stands.
             BudgetError: the process holds more than the budget; the last commit stands.
+            DataError: a sample cannot be used; the state before its batch was committed.
         """
         if self._cache_folder is not None:
             OutputCache.clear(self._cache_folder)
         try:
+            self.stop_point(watcher)
             for number in range(self.position.stage, len(self.stages)):
                 self._run_stage(number, watcher)
                 self.position.stage, self.position.epoch, self.position.batch = number + 1, 0, 0
                 watcher.commit(self)
+        except DataError:
+            watcher.commit(self)  # a batch is read before any block trains on it, so the state is whole
+            raise
         finally:
             if self._cache is not None:
                 self._cache.close()
@@ -150,14 +155,16 @@ class Trainer:
     def _run_stage(self, number: int, watcher: Watcher) -> None:
         stage = self.stages[number]
         self._fill_cache(stage, watcher)
+        self.check_budget()
         for epoch in range(self.position.epoch, self.config.epochs):
             started = time.perf_counter()
             for indices in self._order(number, epoch):
                 self._step(stage, epoch, indices)
                 watcher.step(self)
-                self._check_budget()
+                self.check_budget()
                 self.stop_point(watcher)
             watcher.epoch(self, self._finish_epoch(stage, epoch, time.perf_counter() - started, watcher))
+            self.check_budget()
         for index in stage.trained:
             self.blocks[index].release()
 
@@ -197,13 +204,13 @@ class Trainer:
     def _train_block(self, index: int, x: Tensor, y: Tensor, hyper: dict[str, float], samples: int) -> Tensor:
         measures = self.measures[index]
         started = time.perf_counter()
+        self._note_peak()  # the meter sets the peak back
         with PeakMeter() as meter:
             result = self.blocks[index].step(x, y, hyper, self.config.seed, self.position.steps)
         measures.step_s += time.perf_counter() - started
         measures.steps += 1
         measures.peak_bytes = max(measures.peak_bytes, meter.peak_bytes)
         measures.score.add(samples, result.loss, result.metric)
-        self.process_peak_bytes = max(self.process_peak_bytes, meter.peak_bytes)
         return result.h
 
     def _input(self, indices: Indices, epoch: int) -> Tensor:
@@ -263,7 +270,16 @@ class Trainer:
         stop = partial(self.stop_point, watcher)
         return evaluate(blocks, self.validation, self.manifest, self.config.batch, exits=False, after_batch=stop)[-1]
 
-    def _check_budget(self) -> None:
+    def _note_peak(self) -> None:
+        self.process_peak_bytes = max(self.process_peak_bytes, peak_rss_bytes())
+
+    def check_budget(self) -> None:
+        """Take what the process held since the last look into its peak, and compare it with the budget.
+
+        Raises:
+            BudgetError: it held more.
+        """
+        self._note_peak()
         if self.budget_bytes is not None and self.process_peak_bytes > self.budget_bytes:
             raise BudgetError(
                 f"the process held {format_size(self.process_peak_bytes)} at its peak, the budget is "

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from edgelocal.budget import format_size, parse_budget, rss_bytes
@@ -18,7 +15,7 @@ from edgelocal.bundle import Bundle, open_bundle, verify
 from edgelocal.config import TrainConfig
 from edgelocal.data import Split, has_split, open_dataset
 from edgelocal.device import describe
-from edgelocal.errors import BudgetError, UsageError
+from edgelocal.errors import BudgetError, InterruptedRunError, UsageError
 from edgelocal.evaluate import evaluate
 from edgelocal.formats.base import Dataset
 from edgelocal.progress import Display, count_parameters
@@ -93,6 +90,8 @@ def make_request(
         cache=cache,
         hyper=dict(_hyper(item) for item in hyper),
     )
+    if not checkpoint_seconds > 0:
+        raise UsageError(f"--checkpoint-seconds is {checkpoint_seconds}, expected a number above 0")
     budget = None if memory_budget is None else parse_budget(memory_budget, describe().effective_bytes)
     return TrainRequest(
         bundle, data, validation, out, config, budget, resume, checkpoint_steps, checkpoint_seconds, threads, val_every
@@ -110,8 +109,8 @@ def _hyper(text: str) -> tuple[str, float]:
     return name, number
 
 
-def train(request: TrainRequest, display: Display) -> dict[str, Any]:
-    """Train and return the report, which is also written to the run.
+def train(request: TrainRequest, display: Display, stop: threading.Event) -> dict[str, Any]:
+    """Train and return the report, which is also written to the run. Setting `stop` ends it after the current step.
 
     Raises:
         EdgelocalError: see errors.py; whatever was committed before stands.
@@ -125,7 +124,9 @@ def train(request: TrainRequest, display: Display) -> dict[str, Any]:
     _check_fit(bundle, request.budget_bytes)
     check_resume(request.out, request.resume)  # before the lock, which makes the folder
     info = describe_run(bundle, data, request.data, request.config, request.budget_bytes)
-    with lock(request.out), _stop_signals() as stop:
+    if stop.is_set():
+        raise InterruptedRunError("stopped before the first step; nothing was written")
+    with lock(request.out):
         continued = check_resume(request.out, request.resume)  # what another process has done until we held it
         return _train_locked(request, display, bundle, info, data, validation, threads, continued, stop)
 
@@ -175,6 +176,7 @@ def _train_locked(
         stop_point = partial(trainer.stop_point, watcher)
         size = request.config.batch
         scores = evaluate(blocks, validation, bundle.manifest, size, exits=True, after_batch=stop_point)
+    trainer.check_budget()
     report = make_report(trainer, info, scores, notes, folder)
     folder.write_report(report)
     return report
@@ -274,25 +276,3 @@ def _resume_notes(folder: Path, info: RunInfo, skipped: tuple[tuple[Path, str], 
         if before.get(key) != value:
             notes.append(f"{key} was {before.get(key)} when {RUN} was written and is {value} now: bits may differ")
     return notes
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM set the event; a second one ends the process as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

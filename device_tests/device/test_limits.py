@@ -126,7 +126,7 @@ def test_names_that_mean_something_elsewhere_are_only_names(tmp_path: Path, name
         (["inspect"], "Missing argument 'BUNDLE'"),
         (["train", "b", "--data", "d", "--out", "o", "--schedule", "random"], "'random' is not one of"),
         (["train", "b", "--data", "d", "--out", "o", "--epochs", "many"], "'many' is not a valid integer"),
-        (["train", "b", "--data", "d", "--out", "o", "--threads", "0"], "0 is not in the range x>=1"),
+        (["train", "b", "--data", "d", "--out", "o", "--threads", "0"], "0 is not in the range 1<=x<=256"),
         (["trian"], "No such command 'trian'"),
         (["verify", "b", "--fast"], "No such option"),
     ],

@@ -120,7 +120,7 @@ def test_a_stop_at_any_chance_loses_nothing(data: Path, tmp_path: Path) -> None:
     whole, watcher = fresh(), Recorder()
     whole.run(watcher)
     steps, validations, fills = 3 * 3, 3 * 1, 2 * 3
-    assert watcher.asked == steps + validations + fills
+    assert watcher.asked == 1 + steps + validations + fills
     for ask in range(1, watcher.asked + 1):
         first, before, after = fresh(), Recorder(stop_ask=ask), Recorder()
         with pytest.raises(InterruptedRunError):
@@ -145,13 +145,13 @@ def test_divergence_ends_the_run_before_the_state_is_taken_over(data: Path) -> N
         found.run(Recorder())
 
 
-def test_a_budget_below_what_is_held_stops_after_the_first_step(data: Path) -> None:
+def test_a_budget_below_what_is_held_stops_before_the_first_step(data: Path) -> None:
     found = trainer(RESIDUAL, data)
     found.budget_bytes = rss_bytes() // 2
     watcher = Recorder()
     with pytest.raises(BudgetError, match="the budget is"):
         found.run(watcher)
-    assert watcher.steps == 1
+    assert watcher.steps == 0
     assert watcher.commits == []
 
 
