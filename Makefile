@@ -31,19 +31,20 @@ device-suites: .venv-oldest/ready .venv-training/ready
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints/newest.txt
+	@echo "Installing into $(VENV) (PyTorch and all: some 1.4 GB, minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) --constraint constraints.txt --editable ".[export,runtime,image,demo,dev]"
+	$(BIN)/python $(PIP) --constraint constraints/newest.txt --editable ".[export,runtime,image,demo,dev]"
 	touch $@
 
-.venv-oldest/ready: pyproject.toml
+.venv-oldest/ready: pyproject.toml constraints/oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python $(PIP) --editable ".[image,test]" numpy==1.26.4 onnxruntime==1.17.3
+	.venv-oldest/bin/python $(PIP) --constraint constraints/oldest.txt --editable ".[image,test]" onnxruntime
 	touch $@
 
-.venv-training/ready: pyproject.toml
+.venv-training/ready: pyproject.toml constraints/training.txt
 	$(PYTHON) -m venv .venv-training
-	.venv-training/bin/python $(PIP) --editable ".[image,test]" onnxruntime-training-cpu==1.19.2
+	.venv-training/bin/python $(PIP) --constraint constraints/training.txt --editable ".[image,test]" onnxruntime-training-cpu
 	touch $@
 
 clean:

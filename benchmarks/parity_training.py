@@ -25,7 +25,7 @@ Arrays = dict[str, Array]
 Sample = tuple[Array, Array]
 
 TASK = TaskSpec("cross_entropy", 10, 0.0, ())
-TINY = 1e-4  # a tensor smaller than this (root mean square) counts as of this size: rounding around zero
+TINY = 1e-2  # a tensor smaller than this (root mean square) counts as of this size: AdamW moves noise by whole steps
 SLOTS = {"momentum": "momentum_buffer", "m": "exp_avg", "v": "exp_avg_sq"}  # our names, and PyTorch's
 
 

@@ -4,8 +4,8 @@
     step       lr * 0.1 for each of the epochs floor(E/2) and floor(3E/4) that is behind
     cosine     c(e) = lr / 2 * (1 + cos(pi e / E)), which reaches 0 at e = E
 
-With a warm-up of W epochs the rate for e <= W is  r(e) (e - 1) / W + 0.01 (W + 1 - e) / W : a line from 0.01 to the
-schedule r (AugLocal's recipe has W = 10 and cosine).
+With a warm-up of W epochs the rate for e <= W is  r(e) (e - 1) / W + s (W + 1 - e) / W : a line from s = 0.01, or from
+lr where that is smaller, to the schedule r (AugLocal's recipe has W = 10 and cosine, with lr above 0.01).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def learning_rate(schedule: str, base: float, epoch: int, epochs: int, warmup: i
     else:
         raise UsageError(f"there is no learning-rate schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if epoch <= warmup:
-        return rate * (epoch - 1) / warmup + WARMUP_START * (warmup + 1 - epoch) / warmup
+        return rate * (epoch - 1) / warmup + min(WARMUP_START, base) * (warmup + 1 - epoch) / warmup
     return rate
 
 

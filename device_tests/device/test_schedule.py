@@ -59,6 +59,11 @@ def test_the_first_epoch_of_any_warm_up_has_the_start_rate(schedule: str, epochs
     assert learning_rate(schedule, 0.5, 1, epochs, warmup) == pytest.approx(0.01, rel=1e-12)
 
 
+def test_a_warm_up_never_starts_above_the_rate() -> None:
+    rates = [learning_rate("constant", 1e-3, e, 10, 3) for e in range(1, 11)]
+    assert max(rates) == pytest.approx(1e-3)
+
+
 def test_an_unknown_schedule_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="no learning-rate schedule 'linear'; choose one of constant, step, cosine"):
         learning_rate("linear", 0.1, 1, 2, 0)
