@@ -135,8 +135,8 @@ by itself along a whole training.
 - loss: largest error over the steps and blocks
 - gradients: error of the optimizer's slots (momentum; m and v) over all parameters, median of the steps; worst: the
   worst step. A ReLU whose input is within rounding of zero turns a gradient by some 1e-3, in any float32 program
-- state: largest error of a tensor (parameters, running statistics) after a step; one smaller than 0.01 counts as of that
-  size, because AdamW makes whole steps of gradients that are only rounding
+- state: largest error of a tensor (parameters, running statistics) after a step; one smaller than 0.01 counts as of
+  that size, because AdamW makes whole steps of gradients that are only rounding
 - on its own: largest error of a loss when the program goes on from its own state for all {steps} steps. Training
   amplifies rounding, most in deep networks that end in maps of one pixel, where batch norm divides by the deviation of
   {BATCH} values; the right half shows that eager PyTorch's float32 parts from float64 as far
