@@ -12,7 +12,6 @@ The updates are those of torch.optim (tested against it):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +19,8 @@ import torch
 
 from edgelocal.errors import ExportError
 from edgelocal.spec import OptimizerSpec
+
+MAX_FLOAT = 3.4e38  # float32 holds no larger number, rounded
 
 Tensors = Mapping[str, torch.Tensor]
 Update = Callable[[torch.Tensor, torch.Tensor, Tensors, Tensors], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -88,9 +89,10 @@ def make_optimizer(name: str, momentum: float | None, weight_decay: float | None
     Raises:
         ExportError: an unknown name, or a value outside its range.
     """
-    for label, value in (("momentum", momentum), ("weight decay", weight_decay)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ExportError(f"{label} is {value}; give a finite number of at least 0")
+    if momentum is not None and not 0 <= momentum < 1:
+        raise ExportError(f"momentum is {momentum}; give a finite number of at least 0 and less than 1")
+    if weight_decay is not None and not 0 <= weight_decay <= MAX_FLOAT:
+        raise ExportError(f"weight decay is {weight_decay}; give a finite number of at least 0 that float32 can hold")
     if name == "sgd":
         return sgd(0.9 if momentum is None else momentum, 1e-4 if weight_decay is None else weight_decay, nesterov)
     if name == "adamw":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,65 +14,27 @@ import torch
 
 from edgelocal import __version__
 from edgelocal.bundle import MANIFEST
-from edgelocal.errors import ExportError, UsageError
+from edgelocal.errors import BundleError, ExportError, UsageError
+from edgelocal.exporters.guest import guest, network_errors
 from edgelocal.exporters.onnx_step import ExportedGraph, forward_graph, head_graph, step_graph
-from edgelocal.exporters.optimizers import Optimizer
-from edgelocal.exporters.partition import Blocks, partition
+from edgelocal.exporters.partition import partition
+from edgelocal.exporters.request import ExportRequest
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.units import check_composition, load_network
 from edgelocal.exporters.weights import load_weights
 from edgelocal.manifest import parse_manifest, render_manifest
 from edgelocal.onnx_wire import compose
-from edgelocal.spec import (
-    LOSSES,
-    AugmentSpec,
-    BlockSpec,
-    DefaultsSpec,
-    FileSpec,
-    GraphSpec,
-    InputSpec,
-    Manifest,
-    RuleSpec,
-    TaskSpec,
-    TensorSpec,
-)
+from edgelocal.spec import BlockSpec, FileSpec, GraphSpec, Manifest, TensorSpec
 from edgelocal.store import atomic_write, staging
-from edgelocal.tensors import Array, encode
+from edgelocal.tensors import Array, TensorFormatError, encode
 
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class ExportRequest:
-    """What the command line asks for."""
-
-    network: str
-    blocks: Blocks
-    rule: RuleSpec
-    input: InputSpec
-    task: TaskSpec
-    optimizer: Optimizer
-    augment: AugmentSpec
-    defaults: DefaultsSpec
-    weights: Path | None
-    partial_weights: bool
-    seed: int
-
-    def check(self) -> None:
-        """Raise UsageError for the first value out of range."""
-        if self.task.loss not in LOSSES:
-            raise UsageError(f"there is no loss {self.task.loss!r}; choose one of {', '.join(LOSSES)}")
-        if not 0 <= self.task.label_smoothing < 1:
-            raise UsageError(f"label smoothing is {self.task.label_smoothing}, expected 0 <= s < 1")
-        names = self.task.class_names
-        if names and len(names) != self.task.classes:
-            raise UsageError(f"{len(names)} class names for {self.task.classes} classes; give one a class")
-        if self.defaults.batch < 1 or self.defaults.epochs < 1:
-            raise UsageError(f"batch {self.defaults.batch} and epochs {self.defaults.epochs} must be at least 1")
-
-
 def export_bundle(request: ExportRequest, out: Path, say: Say) -> dict[str, Any]:
     """Write the bundle folder `out`, all or nothing, and return what is in it.
+
+    Until it returns, what the process prints to stdout goes to stderr (see `edgelocal.exporters.guest`).
 
     Raises:
         UsageError: a setting out of range, or `out` exists.
@@ -80,7 +42,11 @@ def export_bundle(request: ExportRequest, out: Path, say: Say) -> dict[str, Any]
         StorageError: the disk refused a write.
     """
     request.check()
-    with staging(out) as folder:
+    # The network's code may change the current folder.
+    out = out.absolute()
+    if request.weights is not None:
+        request = replace(request, weights=request.weights.absolute())
+    with guest(request.network), staging(out) as folder:
         return _write(request, folder, say)
 
 
@@ -94,7 +60,8 @@ def _write(request: ExportRequest, folder: Path, say: Say) -> dict[str, Any]:
             say(note)
     check_composition(network)
     tail = _tail(request.rule.tail)
-    cut = partition(network, blocks=request.blocks, rule=request.rule.name, depth=request.rule.depth, tail=tail)
+    with network_errors(f"{network.name}: a trial run in training mode"):
+        cut = partition(network, blocks=request.blocks, rule=request.rule.name, depth=request.rule.depth, tail=tail)
     blocks = build_blocks(network, request.rule, cut, request.seed)
     writer = _Writer(folder)
     specs: list[BlockSpec] = []
@@ -121,10 +88,18 @@ def _write(request: ExportRequest, folder: Path, say: Say) -> dict[str, Any]:
         versions={"edgelocal": __version__, **{name: version(name) for name in ("torch", "onnx")}},
         files=writer.files,
     )
-    rendered = render_manifest(manifest)
-    parse_manifest(rendered)  # what no reader would accept must not be written
-    atomic_write(folder / MANIFEST, [rendered])
+    atomic_write(folder / MANIFEST, [_acceptable(manifest)])
     return summary(manifest) | {"weights": notes}
+
+
+def _acceptable(manifest: Manifest) -> bytes:
+    """The manifest as bytes: what no reader would accept must not be written."""
+    rendered = render_manifest(manifest)
+    try:
+        parse_manifest(rendered)
+    except BundleError as error:
+        raise ExportError(f"no device would accept this bundle: {error}") from error
+    return rendered
 
 
 def _tail(tail: str) -> Literal["merge", "all"]:
@@ -172,7 +147,7 @@ def _write_block(
     if block.auxiliary is not None:
         head = writer.graph(f"{place}/head.onnx", head_graph(block, output.shape[1:]))  # type: ignore[arg-type]  # static
     weights = f"{place}/weights.safetensors"
-    writer.write(weights, encode(_initial(block, step.inputs)))
+    writer.write(weights, _encoded(block, step.inputs))
     return BlockSpec(
         name=block.name,
         units=block.unit_names,
@@ -182,6 +157,13 @@ def _write_block(
         weights=weights,
         masks=step.masks,
     )
+
+
+def _encoded(block: LocalBlock, inputs: Sequence[TensorSpec]) -> Sequence[bytes | memoryview]:
+    try:
+        return encode(_initial(block, inputs))
+    except TensorFormatError as error:
+        raise ExportError(f"the weights of block {block.name} cannot be written: {error}") from error
 
 
 def _initial(block: LocalBlock, inputs: Sequence[TensorSpec]) -> dict[str, Array]:

@@ -1,15 +1,16 @@
-"""The options of `edgelocal export` -> an ExportRequest, with what depends on the input filled in."""
+"""The options of `edgelocal export` -> an ExportRequest, with what depends on the input filled in, and its check."""
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgelocal.errors import UsageError
-from edgelocal.exporters.optimizers import make_optimizer
-from edgelocal.exporters.pack import ExportRequest
+from edgelocal.exporters.optimizers import MAX_FLOAT, Optimizer, make_optimizer
 from edgelocal.exporters.partition import Blocks
-from edgelocal.spec import AugmentSpec, DefaultsSpec, InputSpec, RuleSpec, TaskSpec
+from edgelocal.spec import LOSSES, AugmentSpec, DefaultsSpec, InputSpec, RuleSpec, TaskSpec
 
 # Per-channel means and deviations of the data sets, on the scale 0..1.
 NORMALIZATIONS = {
@@ -18,6 +19,77 @@ NORMALIZATIONS = {
     "cifar": ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+
+DEFAULT_PAD = 4  # of the command line, where nobody can tell whether it was given
+MAX_CLASSES = 1_000_000
+MAX_ELEMENTS = 1 << 28  # of a sample: 1 GiB
+MAX_COUNT = (1 << 31) - 1
+MAX_SEED = (1 << 63) - 1
+_MIN_STD = 1e-37  # float32 still divides by it
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What the command line asks for."""
+
+    network: str
+    blocks: Blocks
+    rule: RuleSpec
+    input: InputSpec
+    task: TaskSpec
+    optimizer: Optimizer
+    augment: AugmentSpec
+    defaults: DefaultsSpec
+    weights: Path | None
+    partial_weights: bool
+    seed: int
+
+    def check(self) -> None:
+        """Raise UsageError for the first value out of range."""
+        self._check_numbers()
+        if self.task.loss not in LOSSES:
+            raise UsageError(f"there is no loss {self.task.loss!r}; choose one of {', '.join(LOSSES)}")
+        if not 0 <= self.task.label_smoothing < 1:
+            raise UsageError(f"label smoothing is {self.task.label_smoothing}, expected 0 <= s < 1")
+        _check_text("the network", self.network)
+        self._check_class_names()
+        self._check_padding()
+
+    def _check_numbers(self) -> None:
+        ranges = (
+            ("auxiliary depth", self.rule.depth, 0, MAX_COUNT),
+            ("tau", self.rule.tau, 0, 1),
+            ("the number of classes", self.task.classes, 1, MAX_CLASSES),
+            ("batch", self.defaults.batch, 1, MAX_COUNT),
+            ("epochs", self.defaults.epochs, 1, MAX_COUNT),
+            ("learning rate", self.defaults.lr, 0, MAX_FLOAT),
+            ("seed", self.seed, 0, MAX_SEED),
+        )
+        for name, found, low, high in ranges:
+            if not low <= found <= high:
+                raise UsageError(f"{name} is {found}, expected {low} to {high}")
+        elements = math.prod(self.input.shape)
+        if elements > MAX_ELEMENTS:
+            raise UsageError(f"a sample of {self.input.shape} has {elements} elements, at most {MAX_ELEMENTS} will do")
+
+    def _check_class_names(self) -> None:
+        names = self.task.class_names
+        if names and len(names) != self.task.classes:
+            raise UsageError(f"{len(names)} class names for {self.task.classes} classes; give one a class")
+        for index, name in enumerate(names):
+            _check_text(f"class name {index}", name)
+            if name in names[:index]:
+                raise UsageError(f"class name {name!r} is given twice; every class needs a name of its own")
+
+    def _check_padding(self) -> None:
+        pad, mode, shape = self.augment.pad, self.augment.mode, self.input.shape
+        most = 0
+        if len(shape) == 3:
+            most = min(shape[1:]) - 1 if mode == "reflect" else max(shape[1:])
+        if not 0 <= pad <= most:
+            raise UsageError(
+                f"samples of {shape} cannot be padded by {pad} pixels ({mode}); give --pad at least 0, at most {most}"
+            )
 
 
 def make_request(
@@ -56,7 +128,6 @@ def make_request(
     """
     shape, dtype = parse_input(input_shape)
     mean, std = parse_normalization(normalize, shape, dtype)
-    image = len(shape) == 3
     return ExportRequest(
         network=network,
         blocks=parse_blocks(blocks),
@@ -64,7 +135,7 @@ def make_request(
         input=InputSpec(shape, mean, std, dtype),
         task=TaskSpec(loss, classes, label_smoothing, tuple(n.strip() for n in class_names.split(",") if n.strip())),
         optimizer=make_optimizer(optimizer, momentum, weight_decay, nesterov),
-        augment=AugmentSpec(pad if image else 0, "reflect" if pad_mode == "reflect" else "zero", flip and image),
+        augment=_augment(pad, "reflect" if pad_mode == "reflect" else "zero", flip, shape),
         defaults=DefaultsSpec(batch, epochs, lr, lr_schedule),
         weights=weights,
         partial_weights=partial_weights,
@@ -74,12 +145,13 @@ def make_request(
 
 def parse_input(text: str) -> tuple[tuple[int, ...], str]:
     """ "3x32x32" -> ((3, 32, 32), "float32"); "int64:128" -> ((128,), "int64")."""
-    match = re.fullmatch(r"(?:(int64|float32):)?(\d+(?:x\d+){0,3})", text)
-    if match is None or "0" in match[2].split("x"):
+    match = re.fullmatch(r"(?:(int64|float32):)?([0-9]{1,20}(?:x[0-9]{1,20}){0,3})", text)
+    shape = tuple(int(part) for part in match[2].split("x")) if match else ()
+    if match is None or 0 in shape:
         raise UsageError(
-            f"--input {text!r} is not a shape; write 3x32x32 for images, 64 for features, int64:128 for tokens"
+            f"--input {_shown(text)} is not a shape; write 3x32x32 for images, 64 for features, int64:128 for tokens"
         )
-    return tuple(int(part) for part in match[2].split("x")), match[1] or "float32"
+    return shape, match[1] or "float32"
 
 
 def parse_blocks(text: str) -> Blocks:
@@ -88,8 +160,8 @@ def parse_blocks(text: str) -> Blocks:
         return "per-unit"
     if text == "auto":
         return "auto"
-    if not text.isdigit() or int(text) < 1:
-        raise UsageError(f"--blocks {text!r}: write a number of at least 1, auto or per-unit")
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+        raise UsageError(f"--blocks {_shown(text)}: write a number from 1 to 999999999, auto or per-unit")
     return int(text)
 
 
@@ -102,20 +174,44 @@ def parse_normalization(
     if text == "auto":
         image = len(shape) == 3
         text = "cifar" if image and shape[0] == 3 else "half" if image else "none"
-    if text in NORMALIZATIONS:
-        mean, std = NORMALIZATIONS[text]
-    else:
-        try:
-            means, _, deviations = text.partition("/")
-            mean = tuple(float(v) for v in means.split(","))
-            std = tuple(float(v) for v in deviations.split(","))
-        except ValueError:
-            known = ", ".join(NORMALIZATIONS)
-            raise UsageError(
-                f"--normalize {text!r}: write auto, {known}, or MEAN,.../STD,... such as 0.5/0.25"
-            ) from None
-    if not {len(mean), len(std)} <= {1, shape[0]} or min(std) <= 0:
+    mean, std = NORMALIZATIONS[text] if text in NORMALIZATIONS else _means_and_deviations(text)
+    if not {len(mean), len(std)} <= {1, shape[0]}:
         raise UsageError(
-            f"--normalize gives {len(mean)} means and {len(std)} deviations > 0; the input has {shape[0]} channels"
+            f"--normalize gives {len(mean)} means and {len(std)} deviations; the input has {shape[0]} channels"
         )
+    if not (all(abs(m) <= MAX_FLOAT for m in mean) and all(_MIN_STD <= s <= MAX_FLOAT for s in std)):
+        raise UsageError(f"--normalize {_shown(text)}: means must be finite, deviations finite and more than 0")
     return mean, std
+
+
+def _means_and_deviations(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    try:
+        means, _, deviations = text.partition("/")
+        return tuple(float(v) for v in means.split(",")), tuple(float(v) for v in deviations.split(","))
+    except ValueError:
+        known = ", ".join(NORMALIZATIONS)
+        raise UsageError(
+            f"--normalize {_shown(text)}: write auto, {known}, or MEAN,.../STD,... such as 0.5/0.25"
+        ) from None
+
+
+def _augment(pad: int, mode: str, flip: bool, shape: tuple[int, ...]) -> AugmentSpec:
+    if len(shape) == 3:
+        return AugmentSpec(pad, mode, flip)
+    if pad not in (0, DEFAULT_PAD):
+        raise UsageError(f"--pad {pad} is for images (channels, height, width), the input is {shape}: leave it out")
+    return AugmentSpec(0, mode, False)
+
+
+def _check_text(what: str, text: str) -> None:
+    """Bytes of the command line that are no UTF-8 arrive as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{what}, {text!r}, is no UTF-8 text; write it as such, or check the terminal's locale"
+        ) from None
+
+
+def _shown(text: str) -> str:
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r}..."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgelocal.errors import ExportError
+from edgelocal.exporters.guest import network_errors
 
 Fresh = Callable[[int, int, int], nn.Module]
 AuxHead = Callable[[int, int, int], nn.Module]
@@ -117,15 +119,19 @@ def check_composition(network: Network) -> None:
     """Run units and head one after the other against the plain module, in inference mode on random input.
 
     Raises:
-        ExportError: the largest difference exceeds 1e-6 of the largest output, or an output is not finite.
+        ExportError: the network does not run, its output is not float32 or not finite, or the largest difference
+            exceeds 1e-6 of the largest output.
     """
-    x = torch.randn(_PROBE_BATCH, *network.input_shape, generator=torch.Generator().manual_seed(0))
-    x = x.to(network.input_dtype).clamp_min(0) if network.input_dtype == torch.int64 else x
-    with evaluating(network.module, *pieces(network)), torch.no_grad():
+    where = f"{network.name}: a run on input ({_PROBE_BATCH}, {_join(network.input_shape)})"
+    with network_errors(where), evaluating(network.module, *pieces(network)), torch.no_grad():
+        x = torch.randn(_PROBE_BATCH, *network.input_shape, generator=torch.Generator().manual_seed(0))
+        x = x.to(network.input_dtype).clamp_min(0) if network.input_dtype == torch.int64 else x
         whole = network.module(x)
         parts = x
         for piece in pieces(network):
             parts = piece(parts)
+    if whole.dtype != torch.float32:
+        raise ExportError(f"{network.name} puts out {whole.dtype}, expected torch.float32; convert in forward()")
     if whole.shape != parts.shape:
         raise ExportError(
             f"{network.name}: the units in sequence give {tuple(parts.shape)}, the module gives {tuple(whole.shape)}; "
@@ -137,6 +143,21 @@ def check_composition(network: Network) -> None:
             f"{network.name}: the units in sequence differ from the module by {error:.3g} of the largest output, "
             f"expected at most {COMPOSITION_TOLERANCE:g}; the units must do all that forward() does, in the same order"
         )
+
+
+def check_dtypes(module: nn.Module, name: str) -> None:
+    """Parameters and buffers with a fraction must be float32, the one such type a bundle holds.
+
+    Raises:
+        ExportError: one is not; the message names it.
+    """
+    for key, tensor in module.state_dict().items():
+        fractional = isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())
+        if fractional and tensor.dtype != torch.float32:
+            raise ExportError(
+                f"{name}: {key} is {tensor.dtype}, expected torch.float32; leave out .double(), .half() and the like, "
+                "or call .float() on the module"
+            )
 
 
 def pieces(network: Network) -> tuple[nn.Module, ...]:
@@ -153,7 +174,7 @@ def output_shapes(
         ExportError: a module does not run on its input, or returns something else than one batch of tensors.
     """
     shapes: list[tuple[int, ...]] = []
-    with evaluating(*modules), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    with evaluating(*modules), _silent_probe(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(_PROBE_BATCH, *input_shape, dtype=dtype)
         for index, module in enumerate(modules):
             where = f"{name}: piece {index} ({type(module).__name__}) on input {tuple(x.shape)}"
@@ -187,11 +208,20 @@ def seeded(seed: int, label: str) -> Iterator[None]:
         yield
 
 
-def _probe(module: nn.Module, x: Tensor, where: str) -> Tensor:
+@contextlib.contextmanager
+def _silent_probe() -> Iterator[None]:
+    """A probe that fails is told by our error; PyTorch would log its traceback as well."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
     try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _probe(module: nn.Module, x: Tensor, where: str) -> Tensor:
+    with network_errors(where):
         y = module(x)
-    except Exception as error:
-        raise ExportError(f"{where} failed with {type(error).__name__}: {error}") from error
     if not isinstance(y, Tensor) or y.dim() < 2 or y.shape[0] != _PROBE_BATCH:
         found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ExportError(f"{where} returned {found}, expected one tensor ({_PROBE_BATCH}, ...)")

@@ -39,6 +39,17 @@ def failing():
 def no_module():
     return 42
 
+def longwinded(classes):
+    net = nn.Sequential(nn.Flatten())
+    net.add_module("n" * 300, nn.Linear(64, classes))
+    return net
+
+class garbled(nn.Sequential):
+    def __init__(self, classes):
+        super().__init__(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, classes))
+    def edgelocal_units(self):
+        return [("first", nn.Sequential(self[0], self[1])), (chr(0xDCFF), self[2]), ("head", self[3])]
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()
@@ -139,11 +150,15 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "callable that fails": ({"network": "nets.py:failing"}, 2, "no luck today"),
     "callable that returns no module": ({"network": "nets.py:no_module"}, 2, "returned a int"),
     "callable that is not there": ({"network": "nets.py:nothing"}, 2, "nothing"),
-    "file that is not there": ({"network": "other.py:net"}, 2, "other.py"),
+    "file that is not there": ({"network": "other.py:net"}, 2, "cannot import other.py: there is no such file"),
+    "network of no text": ({"network": "\udcff.py:net"}, 2, "is no UTF-8 text"),
+    "learning rate that is no number": ({"lr": float("nan")}, 2, "learning rate is nan"),
+    "name that is too long": ({"network": "nets.py:longwinded", "rule": "bp"}, 2, "name has 311 characters"),
+    "unit of no text": ({"network": "nets.py:garbled", "rule": "linear", "tail": "all"}, 2, "no device would accept"),
     "code that branches on values": ({"network": "nets.py:branching", "rule": "bp"}, 2, "Branching"),
     "outputs that are not the classes": ({"network": "nets.py:fixed"}, 2, "--classes"),
     "class names that disagree": ({"class_names": "a,b"}, 2, "2 class names for 4 classes"),
-    "no weights there": ({"weights": Path("none.pt")}, 2, "no file none.pt"),
+    "no weights there": ({"weights": Path("none.pt")}, 2, "no file .*none.pt"),
 }
 
 

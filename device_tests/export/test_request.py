@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from edgelocal.errors import UsageError
-from edgelocal.exporters.request import NORMALIZATIONS, make_request, parse_blocks, parse_input, parse_normalization
+from edgelocal.exporters.request import (
+    DEFAULT_PAD,
+    NORMALIZATIONS,
+    make_request,
+    parse_blocks,
+    parse_input,
+    parse_normalization,
+)
 
 OPTIONS: dict[str, Any] = {
     "blocks": "auto",
@@ -48,6 +55,7 @@ def test_the_options_here_are_those_of_the_command_line() -> None:
 
     taken = set(inspect.signature(make_request).parameters) - {"network"}
     assert taken == set(OPTIONS) == {p.name for p in export.params} - {"network", "out", "as_json"}
+    assert {p.name: p.default for p in export.params}["pad"] == DEFAULT_PAD
 
 
 @pytest.mark.parametrize(
@@ -63,7 +71,9 @@ def test_shapes(text: str, expected: object) -> None:
     assert parse_input(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "3x", "3x0x3", "0", "axb", "int8:4", "1x2x3x4x5", "-3"])
+@pytest.mark.parametrize(
+    "text", ["", "3x", "3x0x3", "0", "axb", "int8:4", "1x2x3x4x5", "-3", "00", "3x00x3", "٣", "9" * 5000]
+)
 def test_what_is_no_shape_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a shape; write 3x32x32"):
         parse_input(text)
@@ -74,10 +84,11 @@ def test_blocks(text: str, blocks: object) -> None:
     assert parse_blocks(text) == blocks
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", ""])
+@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", "", "²", "٣", "9" * 5000])
 def test_what_is_no_number_of_blocks_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--blocks"):
+    with pytest.raises(UsageError, match="--blocks") as caught:
         parse_blocks(text)
+    assert len(str(caught.value)) < 200
 
 
 def test_normalizations() -> None:
@@ -88,7 +99,13 @@ def test_normalizations() -> None:
     assert parse_normalization("0.1,0.2/1,2", (2, 4, 4)) == ((0.1, 0.2), (1.0, 2.0))
 
 
-@pytest.mark.parametrize(("text", "shape"), [("0.5", (1, 8, 8)), ("a/b", (1,)), ("0/0", (1,)), ("cifar", (1, 8, 8))])
+NO_NUMBERS = ("nan/1", "0/nan", "inf/1", "0/inf", "1e400/1", "1e39/1", "0/0", "0/-1", "0/1e-60")
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [("0.5", (1, 8, 8)), ("a/b", (1,)), ("cifar", (1, 8, 8)), ("1,2/1", (3,)), *((text, (1,)) for text in NO_NUMBERS)],
+)
 def test_normalizations_that_do_not_fit_are_refused(text: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="--normalize"):
         parse_normalization(text, shape)
@@ -98,6 +115,13 @@ def test_only_images_are_augmented() -> None:
     assert request().augment.pad == 4
     vector = request(input_shape="64").augment
     assert (vector.pad, vector.flip) == (0, False)
+    assert request(input_shape="64", pad=0).augment == vector
+
+
+@pytest.mark.parametrize("pad", [3, -1, 100_000])
+def test_padding_for_what_is_no_image_is_refused(pad: int) -> None:
+    with pytest.raises(UsageError, match=f"--pad {pad} is for images"):
+        request(input_shape="64", pad=pad)
 
 
 def test_optimizers_have_pytorchs_defaults_and_take_what_is_given() -> None:
@@ -111,6 +135,10 @@ def test_optimizers_have_pytorchs_defaults_and_take_what_is_given() -> None:
     ("changes", "message"),
     [
         ({"momentum": -1.0}, "momentum is -1"),
+        ({"momentum": 1.0}, "momentum is 1.0; .* less than 1"),
+        ({"momentum": float("nan")}, "momentum is nan"),
+        ({"weight_decay": -1.0}, "weight decay is -1"),
+        ({"weight_decay": 1e39}, "weight decay is 1e[+]39"),
         ({"weight_decay": float("nan")}, "weight decay is nan"),
         ({"optimizer": "lion"}, "no optimizer 'lion'"),
     ],
@@ -125,10 +153,39 @@ def test_bad_numbers_are_refused(changes: dict[str, Any], message: str) -> None:
     [
         ({"label_smoothing": 1.0}, "label smoothing is 1.0"),
         ({"class_names": "a,b"}, "2 class names for 10 classes"),
-        ({"batch": 0}, "batch 0"),
+        ({"classes": 2, "class_names": "a,a"}, "class name 'a' is given twice"),
+        ({"classes": 2, "class_names": "a,\udcff"}, r"class name 1, '\\udcff', is no UTF-8 text"),
+        ({"batch": 0}, "batch is 0, expected 1 to"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"lr": -1.0}, "learning rate is -1.0"),
+        ({"lr": float("nan")}, "learning rate is nan"),
+        ({"lr": float("inf")}, "learning rate is inf"),
+        ({"tau": float("nan"), "rule": "linear"}, "tau is nan, expected 0 to 1"),
+        ({"aux_depth": 10**400}, "auxiliary depth is 1000"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1 << 63}, "seed is 9223372036854775808"),
+        ({"classes": 0}, "classes is 0"),
+        ({"classes": 10**13}, "classes is 10000000000000, expected 1 to 1000000"),
+        ({"input_shape": "9" * 20, "pad": 0}, "has 9{20} elements"),
+        ({"input_shape": "1000000x1000000x1000000"}, "has 10{18} elements"),
+        ({"pad": -1}, "cannot be padded by -1 pixels"),
+        ({"pad": 32}, r"\(3, 32, 32\) cannot be padded by 32 pixels \(reflect\); .* at most 31"),
+        ({"pad": 100_000, "pad_mode": "zero"}, "cannot be padded by 100000 pixels"),
         ({"loss": "hinge"}, "no loss 'hinge'"),
     ],
 )
 def test_requests_are_checked_before_anything_is_built(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         request(**changes).check()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0, "pad": 0},
+        {"seed": (1 << 63) - 1, "classes": 1, "class_names": "größe", "pad": 31},
+        {"input_shape": "1x1x64", "pad_mode": "zero"},
+    ],
+)
+def test_the_limits_themselves_are_taken(changes: dict[str, Any]) -> None:
+    request(**changes).check()

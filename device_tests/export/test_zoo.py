@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from edgelocal.errors import ExportError
 from edgelocal.exporters import zoo
@@ -129,7 +133,9 @@ def test_patches_divide_the_image_into_about_64(side: tuple[int, int], patch: in
         ("no_such_module_here:net", (3,), "cannot import no_such_module_here: ModuleNotFoundError"),
         ("math:nothing", (3,), "has nothing under the name 'nothing'"),
         ("math:pi", (3,), "has a float"),
-        ("missing.py:net", (3,), "FileNotFoundError"),
+        ("missing.py:net", (3,), "cannot import missing.py: there is no such file, seen from /"),
+        ("", (3,), "no network is called ''; the zoo has"),
+        ("mlp", (1 << 60,), "mlp: building it for input .* failed with"),
     ],
 )
 def test_a_bad_reference_is_refused(reference: str, shape: tuple[int, ...], message: str) -> None:
@@ -151,6 +157,11 @@ def user_network(folder: Path, body: str, classes: int = 3, shape: tuple[int, ..
         ("def make(: pass", "SyntaxError"),
         ("def make(classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))", r"\(N, 1, 8, 8\) gives .*\(N, 7\)"),
         ("def make(): return nn.Linear(64, 3)", "failed with RuntimeError"),
+        (
+            "def make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()",
+            "1.weight is torch.float64, exp",
+        ),
+        ("def make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).half()", "1.weight is torch.float16, exp"),
         ("def make(): return nn.LSTM(8, 3)", "failed with|returned tuple"),
         (
             "def make():\n a = nn.Linear(4, 4)\n return nn.Sequential(nn.Flatten(), nn.Linear(64, 4), a, nn.ReLU(), a,"
@@ -240,6 +251,62 @@ class Forgetful(nn.Module):
 def test_a_forgotten_step_is_found() -> None:
     with pytest.raises(ExportError, match="differ from the module by"):
         check_composition(custom.from_module(Forgetful(), "forgetful", (6,), 2))
+
+
+class Failing(nn.Module):
+    """Runs on PyTorch's fake tensors; on real ones `last` of its output fails or is of another type."""
+
+    def __init__(self, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 2)
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.a(x))
+
+
+def refuse_real(x: Tensor) -> Tensor:
+    if not isinstance(x, FakeTensor):
+        raise RuntimeError("no memory")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (refuse_real, r"a run on input \(2, 6\) failed with RuntimeError: no memory"),
+        (Tensor.double, "puts out torch.float64, expected torch.float32"),
+        (Tensor.long, "puts out torch.int64, expected torch.float32"),
+    ],
+)
+def test_a_network_that_does_not_run_is_refused(last: Callable[[Tensor], Tensor], message: str) -> None:
+    network = custom.from_module(Failing(last), "failing", (6,), 2)
+    with pytest.raises(ExportError, match=message):
+        check_composition(network)
+
+
+def test_a_probe_that_fails_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addHandler(caplog.handler)  # PyTorch's loggers do not propagate
+    try:
+        with pytest.raises(ExportError, match="failed with RuntimeError"):
+            custom.from_module(nn.Linear(5, 2), "unfit", (6,), 2)
+    finally:
+        log.removeHandler(caplog.handler)
+    assert caplog.records == []
+    assert not log.disabled
+
+
+def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "neighbour_of_zoo.py").write_text("SIZE = 6")
+    source = "from torch import nn\nfrom neighbour_of_zoo import SIZE\ndef make(): return nn.Linear(SIZE, 2)"
+    (tmp_path / "net_of_zoo.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", ".")])
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    before = list(sys.path)
+    assert load_network("net_of_zoo:make", (6,), 2, seed=0).name == "net_of_zoo:make"
+    assert sys.path == before
 
 
 def test_fresh_units_match_the_rank() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from edgelocal.errors import UsageError
+from edgelocal.exporters.guest import network_errors
 from edgelocal.exporters.rules import auglocal, bp, linear
 from edgelocal.exporters.rules.base import LocalBlock, Place, Rule
 from edgelocal.exporters.units import Network, seeded
@@ -28,8 +29,8 @@ def find(name: str) -> Rule:
     """
     if name not in _RULES:
         close = difflib.get_close_matches(name, _RULES, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UsageError(f"no rule is called {name!r}; {hint}There are {', '.join(_RULES)}")
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UsageError(f"no rule is called {name!r}{hint}; there are {', '.join(_RULES)}")
     return _RULES[name]
 
 
@@ -54,7 +55,7 @@ def build_blocks(network: Network, rule: RuleSpec, cut: tuple[range, ...], seed:
         name = str(index).zfill(digits)
         auxiliary = None
         if builder is not None and index < len(cut) - 1:
-            with seeded(seed, f"aux/{name}"):
+            with seeded(seed, f"aux/{name}"), network_errors(f"building the auxiliary network of block {name}"):
                 auxiliary = builder(network, Place(span[-1], index, len(cut)), rule)
         blocks.append(LocalBlock(name, network, span, auxiliary))
     return tuple(blocks)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from edgelocal.errors import ExportError
+from edgelocal.exporters.guest import network_errors
 from edgelocal.exporters.units import Network
 from edgelocal.exporters.zoo.mlp import mlp
 from edgelocal.exporters.zoo.mobilenet import mobilenetv2
@@ -36,13 +37,14 @@ def build(name: str, input_shape: tuple[int, ...], classes: int) -> Network:
     """The network `name` for samples of `input_shape`, initialised from PyTorch's generator.
 
     Raises:
-        ExportError: unknown name, or an input the network cannot take.
+        ExportError: unknown name, an input the network cannot take, or no memory for it.
     """
     if name not in _BUILDERS:
         close = difflib.get_close_matches(name, _BUILDERS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = f" (did you mean {close[0]}?)" if close else ""
         raise ExportError(
-            f"no network is called {name!r}; {hint}The zoo has {', '.join(_BUILDERS)}; your own network is given as "
+            f"no network is called {name!r}{hint}; the zoo has {', '.join(_BUILDERS)}; your own network is given as "
             "package.module:callable or file.py:callable"
         )
-    return _BUILDERS[name](name, input_shape, classes)
+    with network_errors(f"{name}: building it for input {input_shape} and {classes} classes"):
+        return _BUILDERS[name](name, input_shape, classes)

@@ -13,11 +13,13 @@ behind tokens (N, T, D) a re-initialised copy of the unit itself.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +29,8 @@ import torch
 from torch import nn
 
 from edgelocal.errors import ExportError
-from edgelocal.exporters.units import Fresh, GlobalMean, Network, Unit, output_shapes, pooled_linear
+from edgelocal.exporters.guest import network_errors
+from edgelocal.exporters.units import Fresh, GlobalMean, Network, Unit, check_dtypes, output_shapes, pooled_linear
 from edgelocal.exporters.zoo.layers import conv_bn_relu, initialise
 
 Pieces = list[tuple[str, nn.Module]]
@@ -47,7 +50,8 @@ _NORMS = (
 def build(reference: str, input_shape: tuple[int, ...], classes: int, dtype: torch.dtype = torch.float32) -> Network:
     """`package.module:callable` or `file.py:callable` -> Network.
 
-    The callable is given what its signature accepts of `classes=` and `input_shape=`.
+    A package or module is looked for in the current folder first, as by `python -m`. The callable is given what its
+    signature accepts of `classes=` and `input_shape=`.
 
     Raises:
         ExportError: the reference leads nowhere, the callable fails, or its result is no usable module.
@@ -62,8 +66,10 @@ def from_module(
     """The module as units, as described above.
 
     Raises:
-        ExportError: `edgelocal_units` returns something else, or a piece does not run on the one before it.
+        ExportError: a tensor is not float32, `edgelocal_units` returns something else, or a piece does not run on the
+            one before it.
     """
+    check_dtypes(module, name)
     parts = _declared(module, name) or _children(module) or [("all", module), ("head", nn.Identity())]
     shapes = output_shapes([part for _, part in parts], input_shape, name, dtype)
     inputs = [input_shape, *shapes]
@@ -78,10 +84,7 @@ def _find(reference: str) -> Callable[..., Any]:
     place, colon, attribute = reference.rpartition(":")
     if not colon or not place or not attribute:
         raise ExportError(f"{reference!r} names no callable; write package.module:callable or file.py:callable")
-    try:
-        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:
-        raise ExportError(f"cannot import {place}: {type(error).__name__}: {error}") from error
+    module = _import(place)
     found = getattr(module, attribute, None)
     if not callable(found):
         what = "nothing" if found is None else f"a {type(found).__name__}"
@@ -90,7 +93,33 @@ def _find(reference: str) -> Callable[..., Any]:
     return function
 
 
+def _import(place: str) -> ModuleType:
+    try:
+        if place.endswith(".py"):
+            return _load_file(Path(place))
+        with _current_folder_first():
+            return importlib.import_module(place)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(f"cannot import {place}: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _current_folder_first() -> Iterator[None]:
+    """What `python -m` puts on the import path and an installed command does not."""
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the module may have tidied up itself
+            sys.path.remove(folder)
+
+
 def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ExportError(f"cannot import {path}: there is no such file, seen from {Path.cwd()}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
@@ -100,10 +129,8 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _call(function: Callable[..., Any], reference: str, offered: dict[str, Any]) -> nn.Module:
-    try:
+    with network_errors(reference):
         result = function(**_accepted(function, offered))
-    except Exception as error:
-        raise ExportError(f"{reference} failed with {type(error).__name__}: {error}") from error
     if not isinstance(result, nn.Module):
         raise ExportError(f"{reference} returned a {type(result).__name__}, expected a torch.nn.Module")
     return result
@@ -120,10 +147,8 @@ def _declared(module: nn.Module, name: str) -> Pieces | None:
     method = getattr(module, "edgelocal_units", None)
     if method is None:
         return None
-    try:
+    with network_errors(f"{name}: edgelocal_units"):
         parts = [(str(label), part) for label, part in method()]
-    except Exception as error:
-        raise ExportError(f"{name}: edgelocal_units failed with {type(error).__name__}: {error}") from error
     labels = {label for label, _ in parts}
     if len(parts) < 2 or len(labels) < len(parts) or not all(isinstance(part, nn.Module) for _, part in parts):
         raise ExportError(
