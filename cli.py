@@ -92,6 +92,7 @@ def main() -> None:
 @click.option("--blocks", default="auto", show_default=True, help="A number, auto or per-unit.")
 @click.option("--rule", default="auglocal", show_default=True, help="auglocal, linear or bp (one block, the baseline).")
 @click.option("--aux-depth", default=2, show_default=True, help="Largest depth of the auxiliary networks.")
+@click.option("--aux-depth-min", default=1, show_default=True, help="Smallest depth of the auxiliary networks.")
 @click.option("--tau", default=0.5, show_default=True, help="How much shallower later auxiliaries are, 0 to 1.")
 @click.option(
     "--tail",

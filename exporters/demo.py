@@ -77,6 +77,7 @@ def _request() -> Any:
         blocks="per-unit",
         rule="auglocal",
         aux_depth=2,
+        aux_depth_min=1,
         tau=0.5,
         tail="merge",
         input_shape="1x8x8",

@@ -58,6 +58,7 @@ class ExportRequest:
     def _check_numbers(self) -> None:
         ranges = (
             ("auxiliary depth", self.rule.depth, 0, MAX_COUNT),
+            ("least auxiliary depth", self.rule.d_min, 1, MAX_COUNT),
             ("tau", self.rule.tau, 0, 1),
             ("the number of classes", self.task.classes, 1, MAX_CLASSES),
             ("batch", self.defaults.batch, 1, MAX_COUNT),
@@ -98,6 +99,7 @@ def make_request(
     blocks: str,
     rule: str,
     aux_depth: int,
+    aux_depth_min: int,
     tau: float,
     tail: str,
     input_shape: str,
@@ -131,7 +133,7 @@ def make_request(
     return ExportRequest(
         network=network,
         blocks=parse_blocks(blocks),
-        rule=RuleSpec(rule, aux_depth, tau, 1, tail),
+        rule=RuleSpec(rule, aux_depth, tau, aux_depth_min, tail),
         input=InputSpec(shape, mean, std, dtype),
         task=TaskSpec(loss, classes, label_smoothing, tuple(n.strip() for n in class_names.split(",") if n.strip())),
         optimizer=make_optimizer(optimizer, momentum, weight_decay, nesterov),

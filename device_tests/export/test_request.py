@@ -21,6 +21,7 @@ OPTIONS: dict[str, Any] = {
     "blocks": "auto",
     "rule": "auglocal",
     "aux_depth": 2,
+    "aux_depth_min": 1,
     "tau": 0.5,
     "tail": "merge",
     "input_shape": "3x32x32",

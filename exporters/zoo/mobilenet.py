@@ -70,7 +70,7 @@ class MobileNetV2(nn.Module):
 
 def mobilenetv2(name: str, input_shape: tuple[int, ...], classes: int) -> Network:
     """MobileNetV2 of width 1; total stride 32."""
-    module = MobileNetV2(image_channels(name, input_shape, 32), classes)
+    module = MobileNetV2(image_channels(name, input_shape, 1), classes)
     initialise(module)
     blocks = [(partial(_fresh_residual, factor), width) for factor, width, count, _ in STAGES for _ in range(count)]
     kinds: list[tuple[Fresh, int]] = [(blocks[-1][0], STEM), *blocks, (_fresh_last, LAST)]

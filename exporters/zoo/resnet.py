@@ -108,7 +108,7 @@ class ResNet(nn.Module):
 
 def cifar_resnet(layers: int, name: str, input_shape: tuple[int, ...], classes: int) -> Network:
     """ResNet with 6n + 2 layers for small images: stem, then 3 stages of n basic blocks of 16, 32, 64 channels."""
-    channels = image_channels(name, input_shape, 4)
+    channels = image_channels(name, input_shape, 1)
     count = (layers - 2) // 6
     module = ResNet(channels, classes, BasicBlock, CIFAR_WIDTHS, (count,) * 3, small=True)
     return _network(name, module, BasicBlock, CIFAR_WIDTHS, input_shape, classes)
@@ -116,7 +116,7 @@ def cifar_resnet(layers: int, name: str, input_shape: tuple[int, ...], classes: 
 
 def imagenet_resnet(layers: int, name: str, input_shape: tuple[int, ...], classes: int) -> Network:
     """ResNet-18, 34 (basic blocks), 50 or 101 (bottlenecks) with the stem for large images."""
-    channels = image_channels(name, input_shape, 32)
+    channels = image_channels(name, input_shape, 1)
     block: Block = Bottleneck if layers >= 50 else BasicBlock
     module = ResNet(channels, classes, block, IMAGENET_WIDTHS, IMAGENET_STAGES[layers], small=False)
     return _network(name, module, block, IMAGENET_WIDTHS, input_shape, classes)

@@ -21,16 +21,23 @@ _FEWEST, _MOST = 16, 256
 
 
 class PatchEmbedding(nn.Module):
-    """(N, C, H, W) -> (N, 1 + patches, WIDTH): the class token, then one token per patch, positions added."""
+    """(N, C, H, W) -> (N, 1 + patches, WIDTH): the class token, then one token per patch, positions added.
 
-    def __init__(self, channels: int, patch: int, patches: int) -> None:
+    An image that patches do not cover evenly is continued with zeros to the right and below.
+    """
+
+    def __init__(self, channels: int, size: tuple[int, int], patch: int) -> None:
         super().__init__()
+        patches = _patches(*size, patch)
+        self.border = (-size[1] % patch, -size[0] % patch)
         self.proj = nn.Conv2d(channels, WIDTH, patch, patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1 + patches, WIDTH), std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        if any(self.border):
+            x = nn.functional.pad(x, (0, self.border[0], 0, self.border[1]))
         tokens = self.proj(x).flatten(2).transpose(1, 2)
         first = self.class_token.expand(x.shape[0], -1, -1)
         return torch.cat([first, tokens], 1) + self.position
@@ -90,11 +97,11 @@ class ClassTokenHead(nn.Module):
 
 
 class ViT(nn.Module):
-    """(N, channels, H, W) -> (N, classes)."""
+    """(N, channels, H, W) -> (N, classes), with H, W = `size`."""
 
-    def __init__(self, channels: int, patch: int, patches: int, classes: int, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, size: tuple[int, int], patch: int, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.embedding = PatchEmbedding(channels, patch, patches)
+        self.embedding = PatchEmbedding(channels, size, patch)
         self.layers = nn.Sequential(*(TransformerLayer(WIDTH, HEADS, dropout) for _ in range(LAYERS)))
         self.head = ClassTokenHead(WIDTH, classes)
 
@@ -106,31 +113,27 @@ class ViT(nn.Module):
 
 def vit(name: str, input_shape: tuple[int, ...], classes: int) -> Network:
     """The small vision transformer with about 64 patches; 7 units: the embedding and 6 layers."""
-    channels = image_channels(name, input_shape, 4)
+    channels = image_channels(name, input_shape, 1)
     _, height, width = input_shape
-    patch = patch_size(height, width)
-    module = ViT(channels, patch, (height // patch) * (width // patch), classes)
+    module = ViT(channels, (height, width), patch_size(height, width), classes)
     units = [Unit("embedding", module.embedding, WIDTH, _fresh)]
     units += [Unit(f"layers.{index}", layer, WIDTH, _fresh) for index, layer in enumerate(module.layers)]
     return Network(name, module, tuple(units), module.head, _aux_head, input_shape, classes)
 
 
 def patch_size(height: int, width: int) -> int:
-    """The side in pixels that divides both sides and gives the number of patches nearest to 64, as a ratio.
+    """The side in pixels of square patches: one that divides both sides, if one gives 16 to 256 patches, else any.
 
-    Raises:
-        ExportError: no side gives 16 to 256 patches.
+    Of these the one whose number of patches is nearest to 64, as a ratio.
     """
-    common = math.gcd(height, width)
-    sides = [side for side in range(1, common + 1) if common % side == 0]
-    best = min(sides, key=lambda side: abs(math.log(height * width / side**2 / PATCHES)))
-    count = height * width // best**2
-    if not _FEWEST <= count <= _MOST:
-        raise ExportError(
-            f"vit: {height}x{width} splits at best into {count} square patches, expected {_FEWEST} to {_MOST}; "
-            "resize the input so that its sides share a factor, for instance to a multiple of 8"
-        )
-    return best
+    every = range(1, max(height, width) + 1)
+    even = [p for p in every if height % p == width % p == 0 and _FEWEST <= _patches(height, width, p) <= _MOST]
+    return min(even or every, key=lambda patch: abs(math.log(_patches(height, width, patch) / PATCHES)))
+
+
+def _patches(height: int, width: int, patch: int) -> int:
+    """Patches that cover the image; those at its right and lower border may reach beyond it."""
+    return -(-height // patch) * -(-width // patch)
 
 
 def _fresh(inputs: int, width: int, stride: int) -> nn.Module:
