@@ -3,7 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
-SUITE := -m pytest device_tests/device -p no:cacheprovider -m "not slow and not kills"
+# Two at a time, and the tests of a file in one process, so that they share what they set up.
+PARALLEL := -n 2 --dist loadfile
+SUITE := -m pytest $(PARALLEL) device_tests/device -p no:cacheprovider -m "not slow and not kills"
 
 .PHONY: demo test setup lint device-suites slow clean
 
@@ -13,7 +15,7 @@ demo: $(VENV)/ready
 	$(BIN)/edgelocal demo --out out/demo
 
 test: lint device-suites
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 setup: $(VENV)/ready
 

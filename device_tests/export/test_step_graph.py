@@ -286,7 +286,8 @@ def test_a_frozen_parameter_is_returned_as_it_was() -> None:
 
 def test_a_dtype_no_bundle_holds_is_refused() -> None:
     module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
-    module[0].register_buffer("table", torch.zeros(3, dtype=torch.float64))
-    block = blocks_of(from_module(module, "net", (6,), 4), 1, "bp")[0]
+    network = from_module(module, "net", (6,), 4)
+    module[0].register_buffer("table", torch.zeros(3, dtype=torch.float64))  # from_module refuses it with its own words
+    block = blocks_of(network, 1, "bp")[0]
     with pytest.raises(ExportError, match=r"buf/0\.table has dtype float64; a bundle holds float32, int64 and bool"):
         step_graph(block, TaskSpec("cross_entropy", 4, 0.0, ()), sgd(), (6,), torch.float32)
