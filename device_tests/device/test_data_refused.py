@@ -136,7 +136,7 @@ def test_data_of_no_known_format_is_refused(tmp_path: Path) -> None:
 def test_images_without_pillow_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, tree())
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(UsageError, match=r"pip install edgelocal\[image\]"):
+    with pytest.raises(UsageError, match=r"pip install pillow"):
         open_dataset(path, "train", COLOUR, task())
 
 
