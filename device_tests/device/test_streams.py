@@ -124,7 +124,8 @@ def test_a_bad_sample_in_the_middle_commits_what_was_trained_before(tmp_path: Pa
 LAUNCH = """
 import json, resource, subprocess, sys
 out = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
-print(json.dumps([json.loads(out)["process_peak_bytes"], 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
+counted = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps([json.loads(out)["process_peak_bytes"], 1024 * counted]))
 """
 
 
