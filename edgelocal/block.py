@@ -9,7 +9,7 @@ import numpy as np
 
 from edgelocal.augment import bernoulli_mask
 from edgelocal.bundle import Bundle
-from edgelocal.errors import BundleError, DivergedError
+from edgelocal.errors import DivergedError
 from edgelocal.session import Graph, Tensor
 from edgelocal.spec import BlockSpec
 from edgelocal.tensors import Array
@@ -21,7 +21,7 @@ class Block:
     Graphs are loaded when they are first used; `release` drops them. The state is kept until the process ends.
 
     Raises:
-        BundleError: the weights or the step graph are not what the contract asks for.
+        BundleError: the weights are not what the manifest says.
     """
 
     def __init__(self, bundle: Bundle, index: int, threads: int, state: Mapping[str, Array] | None = None) -> None:
@@ -31,7 +31,6 @@ class Block:
         self._threads = threads
         self._graphs: dict[str, Graph] = {}
         self._state = {name: Tensor.of(array) for name, array in (state or self._initial()).items()}
-        self._check_step()
 
     def step(self, x: Tensor, y: Tensor, hyper: Mapping[str, float], seed: int, number: int) -> StepResult:
         """One training step on a batch: forward, local loss, backward, update.
@@ -55,8 +54,7 @@ class Block:
                 "Use a smaller --lr or a warm-up"
             )
         self._state = {name: results[f"new/{name}"] for name in self._state}
-        metric = next(t.name for t in graph.spec.outputs if t.name not in ("h", "loss"))
-        return StepResult(results["h"], loss, results[metric].item())
+        return StepResult(results["h"], loss, results[graph.spec.outputs[2].name].item())
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output in inference mode."""
@@ -79,16 +77,6 @@ class Block:
     def release(self) -> None:
         """Drop the loaded graphs and what memory they hold."""
         self._graphs.clear()
-
-    def _check_step(self) -> None:
-        """That the manifest describes a step graph: its outputs, and masks that are inputs."""
-        inputs = {t.name for t in self.spec.step.inputs}
-        outputs = {t.name for t in self.spec.step.outputs}
-        wanted = {"h", "loss", *(f"new/{name}" for name in self._state)}
-        wrong = sorted(wanted - outputs) + sorted({mask.name for mask in self.spec.masks} - inputs)
-        if wrong or outputs == wanted:
-            lacks = repr(wrong[0]) if wrong else "a metric"
-            raise BundleError(f"{self.spec.step.file} is no step graph: it lacks {lacks}; export the bundle again")
 
     def _initial(self) -> dict[str, Array]:
         weights = self.bundle.weights(self.spec)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+from edgelocal.disk import NotRegularError, open_regular, reason
 from edgelocal.errors import BundleError
-from edgelocal.manifest import MAX_MANIFEST_BYTES, parse_manifest
+from edgelocal.manifest import MAX_MANIFEST_BYTES, graphs_of, parse_manifest
+from edgelocal.onnx_scan import scan
 from edgelocal.spec import BlockSpec, FileSpec, Manifest
 from edgelocal.tensors import Array, TensorFormatError, decode
 
@@ -38,9 +41,9 @@ class Bundle:
         if expected is None:
             raise BundleError(f"{self.folder}: {name} is not listed in {MANIFEST}")
         path = self.folder / name
-        linked = [p for p in path.parents if p.is_relative_to(self.folder) and p != self.folder and p.is_symlink()]
-        if linked:
-            raise BundleError(f"{linked[0]} is a link; a bundle holds plain files and folders, no links")
+        for parent in path.parents[: len(Path(name).parents) - 1]:
+            if _is_link(parent):
+                raise BundleError(f"{parent} is a link; a bundle holds plain files and folders, no links")
         return _checked(path, expected)
 
     def weights(self, block: BlockSpec) -> dict[str, Array]:
@@ -70,13 +73,17 @@ def open_bundle(folder: Path) -> Bundle:
     """Read and check the manifest of a bundle; the other files are checked when they are read.
 
     Raises:
-        BundleError: no bundle there, or one that is damaged or too new.
+        BundleError: no bundle there, or one that cannot be read, is damaged or too new.
     """
     path = folder / MANIFEST
-    if not folder.exists():
-        raise BundleError(f"{folder} does not exist; `edgelocal export` writes bundles")
-    if not path.is_file():
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; `edgelocal export` writes one")
+    try:
+        folder.stat()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        found = f"is not a bundle: it has no {MANIFEST}" if os.path.lexists(folder) else "does not exist"
+        raise BundleError(f"{folder} {found}; `edgelocal export` writes bundles") from None
+    except OSError as error:
+        raise BundleError(f"{folder} cannot be read: {reason(error)}; check path and permissions") from error
     data = _read(path, MAX_MANIFEST_BYTES)
     return Bundle(folder, parse_manifest(data), hashlib.sha256(data).hexdigest())
 
@@ -85,22 +92,40 @@ def verify(bundle: Bundle) -> tuple[str, ...]:
     """Check every file of the bundle, and that there are no others; return their names.
 
     Raises:
-        BundleError: the first file that is missing, extra or not as described.
+        BundleError: the first file that is missing, extra, not as described, or a graph with what no graph may hold.
     """
     names = tuple(sorted(bundle.manifest.files))
+    graphs = {graph.file for graph in graphs_of(bundle.manifest)}
     for name in names:
-        bundle.read(name)
+        data = bundle.read(name)
+        if name in graphs:
+            scan(data, name)
     for block in bundle.manifest.blocks:
         bundle.weights(block)
-    present = {
-        p.relative_to(bundle.folder).as_posix() for p in bundle.folder.rglob("*") if p.is_symlink() or not p.is_dir()
-    }
-    extra = sorted(present - set(names) - {MANIFEST})
+    extra = sorted(set(_present(bundle.folder)) - set(names) - {MANIFEST})
     if extra:
         raise BundleError(
             f"{bundle.folder} holds files that {MANIFEST} does not list: {', '.join(extra[:5])}; remove them"
         )
     return names
+
+
+def _present(folder: Path) -> Iterator[str]:
+    """Everything below `folder` but folders, by relative path; links are not followed."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise BundleError(f"{error.filename} cannot be listed: {reason(error)}; check permissions") from error
+
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        for path in (*files, *(name for name in folders if _is_link(Path(root, name)))):
+            yield Path(root, path).relative_to(folder).as_posix()
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except OSError:  # what cannot be looked at cannot be read either, which says why
+        return False
 
 
 def _checked(path: Path, expected: FileSpec) -> bytes:
@@ -117,21 +142,18 @@ def _checked(path: Path, expected: FileSpec) -> bytes:
 def _read(path: Path, size: int, exact: bool = False) -> bytes:
     """At most `size` bytes of a regular file (exactly, if `exact`)."""
     try:
-        # Without O_NONBLOCK opening a pipe waits for its writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(open_regular(path), "rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size if exact else found > size:
+                raise BundleError(
+                    f"{path} has {found} bytes, expected {'' if exact else 'at most '}{size}; copy the bundle again"
+                )
+            return file.read(size)
     except FileNotFoundError:
         raise BundleError(f"{path} is missing; copy the bundle again") from None
+    except NotRegularError as error:
+        raise BundleError(f"{path}: {reason(error)}; a bundle holds plain files and folders, no links") from None
     except OSError as error:
-        raise BundleError(f"{path} cannot be opened ({error.strerror}); a bundle holds plain files, no links") from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise BundleError(f"{path} is not a regular file; copy the bundle again")
-    with os.fdopen(descriptor, "rb") as file:
-        wrong = status.st_size != size if exact else status.st_size > size
-        if wrong:
-            raise BundleError(
-                f"{path} has {status.st_size} bytes, expected {'' if exact else 'at most '}{size}; "
-                "copy the bundle again"
-            )
-        return file.read(size)
+        raise BundleError(
+            f"{path} cannot be read: {reason(error)}; check permissions, or copy the bundle again"
+        ) from error

@@ -14,7 +14,8 @@ from edgelocal.device import describe
 from edgelocal.doctor import examine, installed_packages
 from edgelocal.evaluate import evaluate
 from edgelocal.finish import finish
-from edgelocal.run import data_digest, open_trained
+from edgelocal.run import open_trained
+from edgelocal.run_info import data_digest
 
 
 def evaluate_run(run: Path, data: Path, bundle: Path | None, batch: int | None, threads: int | None) -> dict[str, Any]:

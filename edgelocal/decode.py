@@ -10,14 +10,18 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
-from edgelocal.errors import BundleError
+
+class DecodeError(ValueError):
+    """The value is not of the kind that was asked for; the message names the place."""
 
 
 def decode(kind: Any, raw: Any, where: str) -> Any:
     """Strict conversion of parsed JSON to `kind` (a dataclass, tuple, dict, union or scalar type).
 
+    A field whose default is None may be left out.
+
     Raises:
-        BundleError: a key too many or too few, or a value of another type; the message names the place.
+        DecodeError: a key too many or too few, or a value of another type.
     """
     origin = typing.get_origin(kind)
     arguments = typing.get_args(kind)
@@ -38,17 +42,21 @@ def decode(kind: Any, raw: Any, where: str) -> Any:
     return raw
 
 
-_hints = cache(typing.get_type_hints)  # evaluating the annotations takes most of the time of reading a manifest
+@cache  # evaluating the annotations takes most of the time of reading a manifest
+def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """Types of the fields, and the names of those that must be there."""
+    required = frozenset(field.name for field in dataclasses.fields(kind) if field.default is not None)
+    return typing.get_type_hints(kind), required
 
 
 def _decode_dataclass(kind: Any, raw: Any, where: str) -> Any:
     expect(isinstance(raw, dict), where, "an object", raw)
-    hints = _hints(kind)
+    hints, required = _fields(kind)
     unknown = sorted(set(raw) - set(hints))
-    missing = sorted(set(hints) - set(raw))
+    missing = sorted(required - set(raw))
     if unknown or missing:
-        raise BundleError(f"{where}: unknown keys {unknown}, missing keys {missing}")
-    return kind(**{key: decode(hint, raw[key], f"{where}.{key}") for key, hint in hints.items()})
+        raise DecodeError(f"{where}: unknown keys {unknown}, missing keys {missing}")
+    return kind(**{key: decode(hints[key], value, f"{where}.{key}") for key, value in raw.items()})
 
 
 def _decode_union(arguments: tuple[Any, ...], raw: Any, where: str) -> Any:
@@ -71,6 +79,6 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def expect(holds: bool, where: str, expected: str, found: Any) -> None:
-    """Refuse what does not hold: BundleError with the place, what was expected and what was found."""
+    """Refuse what does not hold: DecodeError with the place, what was expected and what was found."""
     if not holds:
-        raise BundleError(f"{where}: expected {expected}, found {str(found)[:80]!r}")
+        raise DecodeError(f"{where}: expected {expected}, found {str(found)[:80]!r}")

@@ -10,16 +10,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
+from collections.abc import Sequence
+from itertools import zip_longest
 
-from edgelocal.decode import decode, expect, unique
+from edgelocal.decode import DecodeError, decode, expect, unique
 from edgelocal.errors import BundleError
-from edgelocal.spec import BATCH, FORMAT, LOSSES, PAD_MODES, SCHEMA, Manifest, TensorSpec
+from edgelocal.spec import (
+    BATCH,
+    FORMAT,
+    LOSSES,
+    PAD_MODES,
+    SCHEMA,
+    BlockSpec,
+    GraphSpec,
+    InputSpec,
+    Manifest,
+    TensorSpec,
+)
 
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_TENSORS = 65_536
 MAX_RANK = 8
 MAX_NAME = 256
 DTYPES = ("float32", "int64", "bool")
+BLOCK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 SEAL = b'{"seal":"'
 
 
@@ -65,38 +80,94 @@ def parse_manifest(data: bytes) -> Manifest:
             f"this bundle has schema {schema}, this edgelocal reads up to {SCHEMA}: upgrade edgelocal on the device, "
             "or export with a matching version"
         )
-    manifest: Manifest = decode(Manifest, raw, "manifest")
-    _check(manifest)
+    try:
+        manifest: Manifest = decode(Manifest, raw, "manifest")
+        _check(manifest)
+    except DecodeError as error:
+        raise BundleError(str(error)) from None
     return manifest
+
+
+def graphs_of(manifest: Manifest) -> tuple[GraphSpec, ...]:
+    """Every graph of a bundle."""
+    own = [graph for block in manifest.blocks for graph in (block.step, block.forward, block.head)]
+    return (manifest.predict, *(graph for graph in own if graph is not None))
 
 
 def _check(manifest: Manifest) -> None:
     """Rules that types cannot express."""
-    expect(len(manifest.blocks) > 0, "manifest.blocks", "at least one block", 0)
+    _check_graphs(manifest)
     names = [block.name for block in manifest.blocks]
+    expect(len(names) > 0, "manifest.blocks", "at least one block", 0)
     expect(len(set(names)) == len(names), "manifest.blocks", "a name of its own for each block", names)
-    graphs = [manifest.predict]
     for block in manifest.blocks:
-        graphs += [g for g in (block.step, block.forward, block.head) if g is not None]
+        expect(BLOCK_NAME.fullmatch(block.name) is not None, "manifest.blocks", "a plain name", block.name)
         expect(block.weights in manifest.files, f"block {block.name}", "weights listed in files", block.weights)
-    count = 0
-    for graph in graphs:
-        expect(graph.file in manifest.files, graph.file, "a file listed in files", graph.file)
-        for tensor in graph.inputs + graph.outputs:
-            count += 1
-            _check_tensor(tensor, f"{graph.file}: {tensor.name[:64]}")
-    expect(count <= MAX_TENSORS, "manifest", f"at most {MAX_TENSORS} tensors", count)
+        _check_block(block, "absolute_error" if manifest.task.loss == "mse" else "correct")
+        _check_state(block)
     for name, entry in manifest.files.items():
         _check_path(name)
         expect(entry.size >= 0 and len(entry.sha256) == 64, name, "a size and a sha256", entry)
-    shape = manifest.input.shape
-    expect(0 < len(shape) <= MAX_RANK and min(shape) > 0, "manifest.input.shape", "a positive shape", shape)
+    _check_input(manifest.input)
     _check_choices(manifest)
-    widths = {len(manifest.input.mean), len(manifest.input.std)}
-    expect(all(s > 0 for s in manifest.input.std), "manifest.input.std", "positive deviations", manifest.input.std)
-    expect(
-        manifest.input.dtype in ("float32", "int64"), "manifest.input.dtype", "float32 or int64", manifest.input.dtype
-    )
+
+
+def _check_graphs(manifest: Manifest) -> None:
+    graphs = graphs_of(manifest)
+    count = sum(len(graph.inputs) + len(graph.outputs) for graph in graphs)
+    expect(count <= MAX_TENSORS, "manifest", f"at most {MAX_TENSORS} tensors", count)
+    for graph in graphs:
+        expect(graph.file in manifest.files, graph.file, "a file listed in files", graph.file)
+        for tensors in (graph.inputs, graph.outputs):
+            for tensor in tensors:
+                _check_tensor(tensor, f"{graph.file}: {tensor.name[:64]}")
+            names = [t.name for t in tensors]
+            expect(len(set(names)) == len(names), graph.file, "a name of its own for each tensor", names)
+    _check_names(manifest.predict, ("x",), ("logits",))
+
+
+def _check_block(block: BlockSpec, metric: str) -> None:
+    """That its graphs take and put out what docs/format.md says."""
+    step = block.step
+    _check_names(step, ("x", "y"), ("h", "loss", metric, *(f"new/{t.name}" for t in block.state())))
+    _check_names(block.forward, ("x",), ("h",))
+    if block.head is not None:
+        _check_names(block.head, ("h",), ("logits",))
+    for tensor in step.outputs[1:3]:
+        expect(tensor.shape == (), f"{step.file}: {tensor.name}", "the shape of a number, []", list(tensor.shape))
+    inputs = {t.name for t in step.inputs}
+    for mask in block.masks:
+        expect(mask.name in inputs, step.file, "an input for each mask", mask.name)
+        expect(0 <= mask.keep <= 1, f"block {block.name}: {mask.name[:64]}", "a probability", mask.keep)
+
+
+def _check_state(block: BlockSpec) -> None:
+    """That a step puts out the state as it takes it, and that no tensor of it is larger than a file of the bundle."""
+    parameters = {t.name: t.shape for t in block.step.inputs if t.kind == "param"}
+    for old, new in zip(block.state(), block.step.outputs[3:], strict=True):
+        where = f"{block.step.file}: {old.name[:64]}"
+        expect(BATCH not in old.shape, where, "a fixed shape", list(old.shape))
+        expect((new.shape, new.dtype) == (old.shape, old.dtype), where, "new state of the same shape and dtype", new)
+        expect(len(f"{block.name}:{old.name}") <= MAX_NAME, where, "a shorter name for its checkpoint", old.name)
+        if old.kind == "opt":  # opt/<slot>/<name> of param/<name>, or one number
+            size = parameters.get("param/" + old.name.split("/", 2)[-1], ())
+            expect(old.shape == size, where, f"the shape of its parameter, {list(size)}", list(old.shape))
+
+
+def _check_names(graph: GraphSpec, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """That the graph's inputs begin with `inputs`, and its outputs are `outputs`."""
+    given = [t.name for t in graph.inputs[: len(inputs)]]
+    for kind, found, wanted in (("input", given, inputs), ("output", [t.name for t in graph.outputs], outputs)):
+        for number, (name, expected) in enumerate(zip_longest(found, wanted, fillvalue="nothing")):
+            expect(name == expected, f"{graph.file}: {kind} {number}", repr(expected), name)
+
+
+def _check_input(given: InputSpec) -> None:
+    shape = given.shape
+    expect(0 < len(shape) <= MAX_RANK and min(shape) > 0, "manifest.input.shape", "a positive shape", shape)
+    widths = {len(given.mean), len(given.std)}
+    expect(all(s > 0 for s in given.std), "manifest.input.std", "positive deviations", given.std)
+    expect(given.dtype in ("float32", "int64"), "manifest.input.dtype", "float32 or int64", given.dtype)
     expect(widths <= {1, shape[0]}, "manifest.input", f"1 or {shape[0]} means and deviations", widths)
 
 
@@ -110,9 +181,6 @@ def _check_choices(manifest: Manifest) -> None:
     expect(augment.pad >= 0, "manifest.augment.pad", "at least 0", augment.pad)
     expect(defaults.batch > 0, "manifest.defaults.batch", "at least 1", defaults.batch)
     expect(defaults.epochs > 0, "manifest.defaults.epochs", "at least 1", defaults.epochs)
-    for block in manifest.blocks:
-        for mask in block.masks:
-            expect(0 <= mask.keep <= 1, f"block {block.name}: {mask.name[:64]}", "a probability", mask.keep)
 
 
 def _check_tensor(tensor: TensorSpec, where: str) -> None:

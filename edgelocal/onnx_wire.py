@@ -1,28 +1,27 @@
 """The little of the ONNX file format that a device needs: join graphs, and put weights into one.
 
-An ONNX file is a protobuf message: a sequence of fields, each a varint key (number * 8 + wire type) and a value. The
-fields used here (onnx.proto3): ModelProto.graph = 7; GraphProto.node = 1, initializer = 5, input = 11, output = 12;
-NodeProto.input = 1, output = 2, name = 3; ValueInfoProto.name = 1; TensorProto.dims = 1, data_type = 2, name = 8,
-raw_data = 9; ModelProto.metadata_props = 14, of StringStringEntryProto.key = 1, value = 2. All other fields are copied
-as they are, so the device does not depend on the onnx package.
+An ONNX file is a protobuf message. The fields used here (onnx.proto3): ModelProto.graph = 7; GraphProto.node = 1,
+initializer = 5, input = 11, output = 12; NodeProto.input = 1, output = 2, name = 3; ValueInfoProto.name = 1;
+TensorProto.dims = 1, data_type = 2, name = 8, raw_data = 9; ModelProto.metadata_props = 14, of
+StringStringEntryProto.key = 1, value = 2. All other fields are copied as they are, so the device does not depend on the
+onnx package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from edgelocal.errors import BundleError
+from edgelocal.onnx_scan import scan
+from edgelocal.protobuf import BYTES, VARINT, Field, as_bytes, fields, render
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 MODEL_GRAPH, MODEL_METADATA = 7, 14
 NODE, INITIALIZER, INPUT, OUTPUT = 1, 5, 11, 12
 TENSOR_TYPES = {"float32": 1, "int64": 7, "bool": 9}
-
-Field = tuple[int, int, Any]  # number, wire type, value: int for VARINT, else bytes
 
 
 @dataclass(frozen=True)
@@ -37,58 +36,21 @@ class Graph:
     rest: tuple[Field, ...]
 
 
-def fields(message: bytes) -> Iterator[Field]:
-    """The fields of a protobuf message.
-
-    Raises:
-        BundleError: the bytes are no protobuf message.
-    """
-    at = 0
-    while at < len(message):
-        key, at = _read_varint(message, at)
-        number, kind = key >> 3, key & 7
-        if kind == VARINT:
-            value, at = _read_varint(message, at)
-            yield number, kind, value
-            continue
-        if kind == BYTES:
-            size, at = _read_varint(message, at)
-        elif kind in (FIXED32, FIXED64):
-            size = 4 if kind == FIXED32 else 8
-        else:
-            raise BundleError(f"an ONNX file is damaged: wire type {kind} at byte {at}; copy the bundle again")
-        if at + size > len(message):
-            raise BundleError(f"an ONNX file is damaged: a field of {size} bytes runs past its end; copy it again")
-        yield number, kind, message[at : at + size]
-        at += size
-
-
-def render(parts: Iterable[Field]) -> bytes:
-    """The inverse of `fields`."""
-    out = bytearray()
-    for number, kind, value in parts:
-        out += _varint(number << 3 | kind)
-        if kind == VARINT:
-            out += _varint(value)
-        else:
-            out += (_varint(len(value)) if kind == BYTES else b"") + value
-    return bytes(out)
-
-
 def take_apart(model: bytes) -> Graph:
     """Model bytes -> Graph.
 
     Raises:
-        BundleError: no ONNX model with inputs and outputs.
+        BundleError: no ONNX model with inputs and outputs, or one that holds what no bundle may.
     """
+    scan(model)
     shell = tuple(fields(model))
-    graphs = [_bytes(f) for f in shell if f[0] == MODEL_GRAPH]
+    graphs = [as_bytes(f) for f in shell if f[0] == MODEL_GRAPH]
     if len(graphs) != 1:
         raise BundleError(f"an ONNX file holds {len(graphs)} graphs, expected one; export the bundle again")
     parts = tuple(fields(graphs[0]))
 
     def all_of(number: int) -> tuple[bytes, ...]:
-        return tuple(_bytes(f) for f in parts if f[0] == number)
+        return tuple(as_bytes(f) for f in parts if f[0] == number)
 
     rest = tuple(f for f in parts if f[0] not in (NODE, INITIALIZER, INPUT, OUTPUT))
     around = tuple(f for f in shell if f[0] != MODEL_GRAPH)
@@ -162,41 +124,12 @@ def _name(value_info: bytes) -> str:
 
 def _text(field: Field) -> str:
     try:
-        return _bytes(field).decode()
+        return as_bytes(field).decode()
     except UnicodeDecodeError:
-        raise BundleError(f"an ONNX file is damaged: {field[2][:32]!r} is no name; copy the bundle again") from None
-
-
-def _bytes(field: Field) -> bytes:
-    if field[1] != BYTES:
-        raise BundleError(f"an ONNX file is damaged: field {field[0]} has wire type {field[1]}; copy the bundle again")
-    value: bytes = field[2]
-    return value
+        raise BundleError(f"damaged ONNX: {field[2][:32]!r} is no name; copy the bundle again") from None
 
 
 def _tensor(name: str, array: np.ndarray[Any, np.dtype[Any]]) -> bytes:
     dims: list[Field] = [(1, VARINT, int(size)) for size in array.shape]
     data = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
     return render([*dims, (2, VARINT, TENSOR_TYPES[array.dtype.name]), (8, BYTES, name.encode()), (9, BYTES, data)])
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while True:
-        value, low = value >> 7, value & 127
-        out.append(low | (128 if value else 0))
-        if not value:
-            return bytes(out)
-
-
-def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if at >= len(message) or shift > 63:
-            raise BundleError("an ONNX file is damaged: a number runs past its end; copy the bundle again")
-        byte = message[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 
 from edgelocal import __version__
 from edgelocal.budget import format_size
-from edgelocal.run import RunInfo
+from edgelocal.run_info import RunInfo
 from edgelocal.spec import TensorSpec
 from edgelocal.trainer import Trainer
 

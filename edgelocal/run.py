@@ -8,109 +8,43 @@ report.json    what was reached and measured; written at the end
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelocal import __version__
 from edgelocal.block import Block
 from edgelocal.bundle import Bundle, open_bundle
+from edgelocal.checkpoint import apply, capture, check_progress, check_tensors, read_progress
 from edgelocal.config import TrainConfig
-from edgelocal.errors import CheckpointError, UsageError
-from edgelocal.formats.base import Dataset
-from edgelocal.session import runtime_info
-from edgelocal.state import TrainingState, encode_state
+from edgelocal.disk import is_there, reason
+from edgelocal.errors import CheckpointError, DivergedError, UsageError
+from edgelocal.run_info import RUN, RunInfo, read_run
+from edgelocal.state import encode_state
 from edgelocal.store import CheckpointStore, Loaded, atomic_write
 from edgelocal.tensors import Array
 from edgelocal.trainer import Position, Trainer, stages
 
-RUN = "run.json"
 METRICS = "metrics.jsonl"
 REPORT = "report.json"
-FORMAT = "edgelocal-run"
-SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What run.json says."""
-
-    bundle: str
-    bundle_digest: str
-    data: str
-    data_digest: str
-    config: TrainConfig
-    budget_bytes: int | None
-    runtime: dict[str, str]
-
-    @property
-    def fingerprint(self) -> str:
-        """What its checkpoints carry."""
-        return self.config.fingerprint(self.bundle_digest, self.data_digest)
-
-    def render(self) -> bytes:
-        """run.json."""
-        payload = {"format": FORMAT, "schema": SCHEMA, "edgelocal": __version__, **asdict(self)}
-        return json.dumps(payload, indent=1, sort_keys=True).encode()
-
-
-def data_digest(data: Dataset) -> str:
-    """Number of samples and labels; pixels are not read, which could take longer than the training."""
-    return hashlib.sha256(str(len(data)).encode() + data.labels.tobytes()).hexdigest()
-
-
-def describe_run(bundle: Bundle, data: Dataset, data_path: Path, config: TrainConfig, budget: int | None) -> RunInfo:
-    """The description of a new run."""
-    return RunInfo(
-        bundle=str(bundle.folder.resolve()),
-        bundle_digest=bundle.digest,
-        data=str(data_path.resolve()),
-        data_digest=data_digest(data),
-        config=config,
-        budget_bytes=budget,
-        runtime=runtime_info().as_dict(),
-    )
-
-
-def read_run(folder: Path) -> RunInfo:
-    """The description of the run in `folder`.
-
-    Raises:
-        CheckpointError: no run there, or a damaged or newer one.
-    """
-    path = folder / RUN
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a run: it has no {RUN}; `edgelocal train` writes one")
-    try:
-        raw = json.loads(path.read_bytes())
-        if raw["format"] != FORMAT or raw["schema"] > SCHEMA:
-            raise CheckpointError(
-                f"{path} has format {raw['format']} {raw['schema']}, this edgelocal reads {FORMAT} {SCHEMA}"
-            )
-        config = TrainConfig(**raw["config"])
-        known = {key: raw[key] for key in ("bundle", "bundle_digest", "data", "data_digest", "budget_bytes", "runtime")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); the run cannot be read") from None
-    return RunInfo(config=config, **known)
 
 
 def load_blocks(bundle: Bundle, threads: int, tensors: dict[str, Array] | None) -> list[Block]:
     """The blocks of a bundle with their initial state, or with that of a checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint lacks a tensor.
+        CheckpointError: the tensors are not the state of these blocks.
     """
+    if tensors is not None:
+        check_tensors(tensors, bundle.manifest)
     blocks = []
     for index, spec in enumerate(bundle.manifest.blocks):
         state = None
         if tensors is not None:
-            missing = [t.name for t in spec.state() if f"{spec.name}:{t.name}" not in tensors]
-            if missing:
-                raise CheckpointError(f"the checkpoint has no {missing[0]!r} for block {spec.name}; start a new run")
             state = {t.name: tensors[f"{spec.name}:{t.name}"] for t in spec.state()}
         blocks.append(Block(bundle, index, threads, state))
     return blocks
@@ -137,17 +71,20 @@ def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None) 
     """
     info = read_run(folder)
     place = bundle_folder or Path(info.bundle)
-    if bundle_folder is None and not place.exists():
+    if bundle_folder is None and not os.path.lexists(place):
         raise CheckpointError(f"{folder} was trained from {place}, which is gone; say where it is now with --bundle")
     bundle = open_bundle(place)
     if bundle.digest != info.bundle_digest:
         raise CheckpointError(
             f"{bundle.folder} is not the bundle that {folder} was trained from; give it with --bundle"
         )
+    _check_checkpoints(folder)
     loaded = CheckpointStore(folder, writable=False).load(info.fingerprint)
     if loaded is None:
         raise CheckpointError(f"{folder} has no checkpoint yet; wait for the first, or train again")
-    notes = _unfinished(info.config, Position(**loaded.state.progress["position"]), len(bundle.manifest.blocks))
+    progress = read_progress(loaded.state)
+    check_progress(progress, bundle.manifest, info.config)
+    notes = _unfinished(info.config, progress.position, len(bundle.manifest.blocks))
     return Trained(info, bundle, load_blocks(bundle, threads, loaded.state.tensors), notes)
 
 
@@ -177,8 +114,8 @@ class RunFolder:
         """The newest whole checkpoint; also restores the metrics it was committed with."""
         loaded = self.store.load(self.info.fingerprint)
         if loaded is not None:
+            self._last_steps = read_progress(loaded.state).position.steps
             self._metrics = list(loaded.state.progress["metrics"])
-            self._last_steps = loaded.state.progress["position"]["steps"]
             self._write_metrics()
         return loaded
 
@@ -193,19 +130,16 @@ class RunFolder:
 
     def commit(self, trainer: Trainer) -> None:
         """Make the state durable; nothing where it is what was committed last."""
-        tensors = {f"{b.spec.name}:{name}": array for b in trainer.blocks for name, array in b.state().items()}
-        progress = {
-            "position": asdict(trainer.position),
-            "scores": [asdict(m.score) for m in trainer.measures],
-            "measures": [{k: v for k, v in asdict(m).items() if k != "score"} for m in trainer.measures],
-            "process_peak_bytes": trainer.process_peak_bytes,
-            "metrics": self._metrics,
-        }
-        self.store.commit(encode_state(TrainingState(progress, tensors), self.info.fingerprint))
+        self.store.commit(encode_state(capture(trainer, self._metrics), self.info.fingerprint))
         self._last_commit, self._last_steps = time.monotonic(), trainer.position.steps
 
     def add_metrics(self, record: dict[str, Any]) -> None:
-        """Append an epoch's record to metrics.jsonl."""
+        """Append an epoch's record to metrics.jsonl.
+
+        Raises:
+            DivergedError: a number in it is not finite.
+        """
+        _refuse_not_finite(record, f"the record of epoch {record['epoch']}")
         self._metrics.append(record)
         self._write_metrics()
 
@@ -215,42 +149,85 @@ class RunFolder:
         return tuple(self._metrics)
 
     def write_report(self, report: dict[str, Any]) -> None:
-        """Write report.json."""
-        atomic_write(self.folder / REPORT, [json.dumps(report, indent=1, sort_keys=True).encode()])
+        """Write report.json.
+
+        Raises:
+            DivergedError: a number in it is not finite.
+        """
+        _refuse_not_finite(report, "the report")
+        atomic_write(self.folder / REPORT, [json.dumps(report, indent=1, sort_keys=True, allow_nan=False).encode()])
 
     def _write_metrics(self) -> None:
         # Whole and atomic, so that a resumed run continues exactly behind what its checkpoint knows.
-        lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in self._metrics)
+        lines = "".join(json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in self._metrics)
         atomic_write(self.folder / METRICS, [lines.encode()])
 
 
+def _refuse_not_finite(values: dict[str, Any], what: str) -> None:
+    wrong = next(_not_finite(values), None)
+    if wrong is not None:
+        raise DivergedError(f"{what} has {wrong}; the last checkpoint is kept. Use a smaller --lr or a warm-up")
+
+
+def _not_finite(values: Any) -> Iterator[str]:
+    """The numbers in parsed JSON that are not finite, with the keys that lead there."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key} {value}"
+        yield from (f"{key} {inner}" for inner in _not_finite(value))
+
+
 def restore(trainer: Trainer, loaded: Loaded) -> None:
-    """Set position, scores and measures to what the checkpoint says."""
-    progress = loaded.state.progress
-    trainer.position = Position(**progress["position"])
-    trainer.process_peak_bytes = progress["process_peak_bytes"]
-    for measures, values, score in zip(trainer.measures, progress["measures"], progress["scores"], strict=True):
-        for key, value in values.items():
-            setattr(measures, key, value)
-        for key, value in score.items():
-            setattr(measures.score, key, value)
+    """Set position, scores and measures to what the checkpoint says.
+
+    Raises:
+        CheckpointError: a value is of another type, or out of the range of this training.
+    """
+    apply(read_progress(loaded.state), trainer)
 
 
 def check_resume(folder: Path, resume: str) -> bool:
     """Whether the run in `folder` is to be continued, by --resume auto, never or must.
 
     Raises:
-        UsageError: "never" and something is there; "must" and nothing is; or the folder holds something else.
+        UsageError: "never" and something is there; "must" and nothing is; or the folder holds something else, or
+            cannot be one.
+        CheckpointError: the run had begun, and its checkpoints are gone.
     """
-    exists = (folder / RUN).is_file()
-    others = folder.exists() and not (folder.is_dir() and all(_begun(p) for p in folder.iterdir()))
+    try:
+        others = is_there(folder) and not (folder.is_dir() and all(_begun(p) for p in folder.iterdir()))
+        exists = (folder / RUN).is_file()
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be used: {reason(error)}; choose another --out") from error
     if resume == "never" and others:
         raise UsageError(f"{folder} exists; choose another --out, remove it, or continue it with --resume auto")
     if resume == "must" and not exists:
         raise UsageError(f"{folder} holds no run to continue; check --out, or leave --resume out")
     if others and not exists:
         raise UsageError(f"{folder} exists and is not a run; choose another --out")
+    if exists and not _check_checkpoints(folder) and resume == "must":
+        raise UsageError(f"{folder} was stopped before its first checkpoint; leave --resume out to start it again")
     return exists
+
+
+def _check_checkpoints(folder: Path) -> bool:
+    """Whether the run in `folder` has checkpoints; one that was killed before its first has none.
+
+    Raises:
+        CheckpointError: it had, and they are gone: training never starts anew without being asked to.
+    """
+    store = CheckpointStore(folder, writable=False)
+    if store.generations():
+        return True
+    later = [name for name in (METRICS, REPORT) if os.path.lexists(folder / name)]
+    if later or not os.path.lexists(store.folder):
+        found = f"it has {later[0]}, but {store.folder} is empty" if later else f"{store.folder} is missing"
+        raise CheckpointError(
+            f"the checkpoints of {folder} are gone ({found}): restore them from a copy; or remove the folder, or give "
+            "a new --out, to train anew"
+        )
+    return False
 
 
 def check_same(folder: Path, info: RunInfo) -> None:

@@ -4,7 +4,7 @@ Options, and why: one arena for all sessions, because an arena keeps what it onc
 held the peaks of all blocks at once (ResNet-32 in 14 blocks, batch 128: 1231 MiB against 338, docs/decisions/0006); no
 memory pattern (it doubles the peak from the second run on); no spinning, because every session has threads of its
 own, and those that wait must not take the cores from the one that works; one operator after the other, so that only
-one block's activations live.
+one block's activations live. The model is read as ONNX, which was scanned, and never as the runtime's own format.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import numpy as np
 from edgelocal.device import describe
 from edgelocal.doctor import advice
 from edgelocal.errors import BudgetError, BundleError, EdgelocalError, RuntimeMissingError
-from edgelocal.spec import GraphSpec
+from edgelocal.onnx_scan import scan
+from edgelocal.spec import BATCH, GraphSpec, TensorSpec
 from edgelocal.tensors import Array
 
 GRAPH_LEVEL = "all"
 OLDEST_RUNTIME = (1, 17)
+TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
 
 
 @dataclass(frozen=True)
@@ -103,20 +105,29 @@ class Tensor:
         return values
 
     def item(self) -> float:
-        """The value of a () tensor."""
-        return float(self.array())
+        """The value of a () tensor.
+
+        Raises:
+            BundleError: the graph made one of another shape.
+        """
+        values = self.array()
+        if values.shape != ():
+            raise BundleError(f"a graph put out {list(values.shape)} in place of one number; export the bundle again")
+        return float(values)
 
 
 class Graph:
     """A loaded ONNX graph of a bundle.
 
     Raises:
-        BundleError: the runtime cannot load the model, or it is not the one the manifest describes.
+        BundleError: the model holds what no graph of a bundle has, the runtime cannot load it, or it is not the one
+            the manifest describes.
         BudgetError: no memory to load it.
     """
 
     def __init__(self, spec: GraphSpec, model: bytes, threads: int) -> None:
         self.spec = spec
+        scan(model, spec.file)
         ort = runtime()
         _shared_arena()
         options = ort.SessionOptions()
@@ -126,18 +137,19 @@ class Graph:
         options.log_severity_level = 3
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         try:
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise _translated(error, f"{spec.file} cannot be loaded", BundleError) from error
+            raise _translated(error, f"{spec.file} cannot be loaded") from error
         self._check_signature()
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on all inputs of the graph; returns the outputs by name.
 
         Raises:
-            BundleError: the graph wants an input that is not fed.
+            BundleError: the graph wants an input that is not fed, or cannot be run on what is.
             BudgetError: the runtime could not get the memory it needs.
         """
         missing = [t.name for t in self.spec.inputs if t.name not in feeds]
@@ -150,20 +162,33 @@ class Graph:
         try:
             results = self._session.run_with_ort_values(names, values)
         except Exception as error:
-            raise _translated(error, f"{self.spec.file} cannot be run", EdgelocalError) from error
+            raise _translated(error, f"{self.spec.file} cannot be run") from error
         return {name: Tensor(value) for name, value in zip(names, results, strict=True)}
 
     def _check_signature(self) -> None:
-        found = [i.name for i in self._session.get_inputs()], [o.name for o in self._session.get_outputs()]
-        expected = [t.name for t in self.spec.inputs], [t.name for t in self.spec.outputs]
-        if found != expected:
-            raise BundleError(
-                f"{self.spec.file} has other inputs or outputs than the manifest says; export the bundle again"
-            )
+        inputs = self._session.get_inputs(), self.spec.inputs
+        outputs = self._session.get_outputs(), self.spec.outputs
+        for found, expected in (inputs, outputs):
+            if [argument.name for argument in found] != [tensor.name for tensor in expected]:
+                raise BundleError(
+                    f"{self.spec.file} has other inputs or outputs than the manifest says; export the bundle again"
+                )
+            for argument, tensor in zip(found, expected, strict=True):
+                if not _fits(argument, tensor):
+                    raise BundleError(
+                        f"{self.spec.file}: {tensor.name} is {argument.type} {argument.shape}, the manifest says "
+                        f"{tensor.dtype} {list(tensor.shape)}; export the bundle again"
+                    )
 
 
-def _translated(error: Exception, what: str, otherwise: type[EdgelocalError]) -> EdgelocalError:
+def _fits(argument: Any, tensor: TensorSpec) -> bool:
+    """Whether an input or output of a session is the tensor; the batch has any name there, or none."""
+    shape = tuple(size if isinstance(size, int) else BATCH for size in argument.shape)
+    return argument.type == TYPES[tensor.dtype] and shape == tensor.shape
+
+
+def _translated(error: Exception, what: str) -> EdgelocalError:
     text = " ".join(str(error).split())
     if "allocate memory" in text or "bad_alloc" in text or "smaller than requested" in text:
         return BudgetError(f"{what}: out of memory ({text[:200]}); use a smaller --batch or more blocks")
-    return otherwise(f"{what}: {text[:500]}")
+    return BundleError(f"{what}: {text[:500]}; export the bundle again")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from edgelocal.decode import unique
 from edgelocal.errors import CheckpointError, DivergedError
 from edgelocal.tensors import Array, TensorFormatError, decode, encode
 
@@ -52,7 +53,11 @@ def encode_state(state: TrainingState, fingerprint: str) -> list[bytes | memoryv
         DivergedError: a tensor or a number in `progress` is not finite; such a state is never written.
     """
     for name, tensor in state.tensors.items():
-        _check_finite(name, tensor)
+        if not _is_finite(tensor):
+            raise DivergedError(
+                f"tensor {name!r} holds a value that is not finite, so this state is not saved: "
+                "training diverged; resume from the last checkpoint with a lower learning rate"
+            )
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -71,7 +76,7 @@ def decode_state(data: bytes | memoryview, fingerprint: str) -> TrainingState:
 
     Raises:
         DamagedCheckpointError: cut short, or a bit is not as written.
-        CheckpointError: whole, but of a newer format or with another fingerprint than `fingerprint`.
+        CheckpointError: whole, but of a newer format, with another fingerprint than `fingerprint`, or not finite.
     """
     try:
         tensors, metadata = decode(_unseal(memoryview(data)))
@@ -89,6 +94,9 @@ def decode_state(data: bytes | memoryview, fingerprint: str) -> TrainingState:
             f"{fingerprint!r}; resume with the bundle and options it was written with, "
             "or start anew with --resume never and a new --out folder"
         )
+    for name, tensor in tensors.items():
+        if not _is_finite(tensor):
+            raise CheckpointError(f"tensor {name[:64]!r} of the checkpoint holds a value that is not finite")
     return TrainingState(_parse_progress(metadata.get("progress", "")), tensors)
 
 
@@ -113,17 +121,13 @@ def _check_version(text: str) -> None:
         )
 
 
-def _check_finite(name: str, tensor: Array) -> None:
+def _is_finite(tensor: Array) -> bool:
     """By the extremes, which carry any NaN or infinity, so that no mask of the tensor's shape is made."""
     if tensor.dtype.kind != "f" or tensor.size == 0:
-        return
+        return True
     with np.errstate(invalid="ignore"):
         extremes = (tensor.min(), tensor.max())
-    if not all(np.isfinite(extremes)):
-        raise DivergedError(
-            f"tensor {name!r} holds a value that is not finite, so this state is not saved: "
-            "training diverged; resume from the last checkpoint with a lower learning rate"
-        )
+    return all(bool(np.isfinite(value)) for value in extremes)
 
 
 def _progress_text(progress: dict[str, Any]) -> str:
@@ -135,7 +139,7 @@ def _progress_text(progress: dict[str, Any]) -> str:
 
 def _parse_progress(text: str) -> dict[str, Any]:
     try:
-        progress = json.loads(text)
+        progress = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the training progress in the checkpoint is not valid JSON: {error}") from None
     if not isinstance(progress, dict):

@@ -16,72 +16,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgelocal.budget import format_size
-from edgelocal.errors import CheckpointError, StorageError, UsageError
+from edgelocal.disk import DISK, Disk, NotRegularError, reason, storage_error, storage_errors
+from edgelocal.errors import CheckpointError, UsageError
 from edgelocal.state import DamagedCheckpointError, TrainingState, decode_state
 
 KEPT_GENERATIONS = 2
-_GENERATION = re.compile(r"([0-9]{8,18})\.ckpt")
+_GENERATION = re.compile(r"([0-9]{8,})\.ckpt")
 _TEMPORARY = re.compile(r"\..+\.tmp")
 _DISK_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
-
-
-class Disk:
-    """Every operation the writer asks of the system, one method each, so that a test can fail or record any of them.
-
-    Each raises OSError as the system does.
-    """
-
-    def create(self, path: Path) -> int:
-        """Descriptor of a new or emptied file, never through a symbolic link."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-
-    def open(self, path: Path) -> int:
-        """Descriptor of an existing file or folder, to flush it."""
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def write(self, descriptor: int, data: memoryview) -> int:
-        """Bytes of `data` that were taken; may be fewer than all."""
-        return os.write(descriptor, data)
-
-    def sync(self, descriptor: int) -> None:
-        """Returns once the file or folder is on the medium."""
-        os.fsync(descriptor)
-
-    def close(self, descriptor: int) -> None:
-        """Release the descriptor."""
-        os.close(descriptor)
-
-    def rename(self, source: Path, target: Path) -> None:
-        """Replaces a file at `target` in one step."""
-        source.replace(target)
-
-    def remove(self, path: Path) -> None:
-        """Remove a file."""
-        path.unlink()
-
-    def is_folder(self, path: Path) -> bool:
-        """Whether a folder is at `path`."""
-        return path.is_dir()
-
-    def make_folder(self, path: Path) -> None:
-        """Make one folder; FileExistsError when there is anything at `path`."""
-        path.mkdir()
-
-    def names(self, folder: Path) -> list[str]:
-        """Names in `folder`, in no order."""
-        return [entry.name for entry in folder.iterdir()]
-
-    def read(self, path: Path) -> bytes:
-        """All bytes of a file."""
-        return path.read_bytes()
-
-    def free_bytes(self, folder: Path) -> int:
-        """Bytes this user may still write below `folder`."""
-        return shutil.disk_usage(folder).free
-
-
-DISK = Disk()
 
 
 def atomic_write(path: Path, chunks: Iterable[bytes | memoryview], disk: Disk = DISK) -> int:
@@ -95,7 +37,7 @@ def atomic_write(path: Path, chunks: Iterable[bytes | memoryview], disk: Disk = 
     views = [memoryview(chunk).cast("B") for chunk in chunks if memoryview(chunk).nbytes]
     size = sum(view.nbytes for view in views)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _storage_errors(path, disk, f"{size} bytes needed"):
+    with storage_errors(path, disk, f"{size} bytes needed"):
         try:
             _write_file(temporary, views, disk)
             disk.rename(temporary, path)
@@ -142,7 +84,8 @@ class CheckpointStore:
         Raises:
             StorageError: the generations that were there before are whole.
         """
-        newest = self._generations()[:1]
+        with storage_errors(self.folder, self._disk, "listing the checkpoints"):
+            newest = self._generations()[:1]
         number = int(newest[0].stem) + 1 if newest else 1
         path = self.folder / f"{number:08d}.ckpt"
         self.written_bytes += atomic_write(path, chunks, self._disk)
@@ -153,11 +96,11 @@ class CheckpointStore:
         """The newest generation that is whole, or None when none was ever committed.
 
         Raises:
-            CheckpointError: every generation is damaged, or the newest whole one has another fingerprint or a newer
-                format, or cannot be read. Training never starts anew without being asked to.
+            CheckpointError: `generations` fails, every generation is damaged, or the newest whole one has another
+                fingerprint or a newer format, or cannot be read. Training never starts anew without being asked to.
         """
         skipped: list[tuple[Path, str]] = []
-        for path in self._generations():
+        for path in self.generations():
             try:
                 return Loaded(decode_state(self._read(path), fingerprint), path, tuple(skipped))
             except DamagedCheckpointError as error:
@@ -173,34 +116,49 @@ class CheckpointStore:
             "or start anew with --resume never and a new --out folder"
         )
 
+    def generations(self) -> list[Path]:
+        """The checkpoints, newest first, whole or not; none if there is no folder.
+
+        Raises:
+            CheckpointError: the folder is none, or cannot be listed.
+        """
+        try:
+            return self._generations()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be listed: {reason(error)}; check permissions, or restore it from a copy"
+            ) from error
+
     def _read(self, path: Path) -> bytes:
         try:
             return self._disk.read(path)
+        except NotRegularError as error:
+            raise DamagedCheckpointError(reason(error)) from error
+        except MemoryError:  # its size is no checkpoint's of this machine
+            raise DamagedCheckpointError("it is larger than the memory") from None
         except OSError as error:
             if error.errno == errno.EIO:  # a medium that cannot give the bytes back has damaged them
-                raise DamagedCheckpointError(f"the medium cannot read it: {_reason(error)}") from error
-            raise CheckpointError(f"cannot be read: {_reason(error)}; check permissions, then start again") from error
+                raise DamagedCheckpointError(f"the medium cannot read it: {reason(error)}") from error
+            raise CheckpointError(f"cannot be read: {reason(error)}; check permissions, then start again") from error
 
     def _generations(self) -> list[Path]:
-        """Newest first."""
-        with _storage_errors(self.folder, self._disk, "listing the checkpoints"):
-            try:
-                names = self._disk.names(self.folder)
-            except FileNotFoundError:
-                return []
+        names = self._disk.names(self.folder)
         numbered = [(int(match[1]), name) for name in names if (match := _GENERATION.fullmatch(name))]
         return [self.folder / name for _, name in sorted(numbered, reverse=True)]
 
     def _prune(self) -> None:
-        generations = self._generations()
-        kept = [path for path in generations if path not in self._damaged][:KEPT_GENERATIONS]
-        with _storage_errors(self.folder, self._disk, "removing old checkpoints"):
+        with storage_errors(self.folder, self._disk, "removing old checkpoints"):
+            generations = self._generations()
+            kept = [path for path in generations if path not in self._damaged][:KEPT_GENERATIONS]
             for path in generations:
                 if path not in kept:
-                    self._disk.remove(path)
+                    with contextlib.suppress(IsADirectoryError):  # it is none of ours and stays
+                        self._disk.remove(path)
 
     def _remove_temporaries(self, folder: Path) -> None:
-        with _storage_errors(folder, self._disk, "removing temporary files"):
+        with storage_errors(folder, self._disk, "removing temporary files"):
             for name in self._disk.names(folder):
                 if _TEMPORARY.fullmatch(name):
                     self._disk.remove(folder / name)
@@ -217,7 +175,7 @@ def lock(folder: Path) -> Iterator[None]:
     make_folders(folder)
     path = folder / ".lock"
     with contextlib.ExitStack() as stack:
-        with _storage_errors(path, DISK, "locking the run"):
+        with storage_errors(path, DISK, "locking the run"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             stack.callback(os.close, descriptor)
             try:
@@ -247,18 +205,18 @@ def staging(out: Path, disk: Disk = DISK) -> Iterator[Path]:
     make_folders(out.parent, disk)
     folder = out.with_name(f".{out.name}.{os.getpid()}.staging")
     try:
-        with _storage_errors(out, disk, "preparing the folder"):
+        with storage_errors(out, disk, "preparing the folder"):
             shutil.rmtree(folder, ignore_errors=True)
             disk.make_folder(folder)
         yield folder
         _refuse_existing(out)
-        with _storage_errors(out, disk, f"{_tree_bytes(folder)} bytes needed"):
+        with storage_errors(out, disk, f"{_tree_bytes(folder)} bytes needed"):
             _sync_tree(folder, disk)
             disk.rename(folder, out)
             _sync(out.parent, disk)
     except OSError as error:
         if error.errno in _DISK_REFUSED:
-            raise _storage_error(out, disk, "writing the folder", error) from error
+            raise storage_error(out, disk, "writing the folder", error) from error
         raise
     finally:
         # Nothing is there after success; after a failure that failure is the one to report.
@@ -272,11 +230,12 @@ def make_folders(folder: Path, disk: Disk = DISK) -> None:
         StorageError: the system refused, or a file is in the way.
     """
     missing = []
-    while not disk.is_folder(folder):
-        missing.append(folder)
-        folder = folder.parent
+    with storage_errors(folder, disk, "looking for the folder"):
+        while not disk.is_folder(folder):
+            missing.append(folder)
+            folder = folder.parent
     for path in reversed(missing):
-        with _storage_errors(path, disk, "making the folder"):
+        with storage_errors(path, disk, "making the folder"):
             try:
                 disk.make_folder(path)
             except FileExistsError:
@@ -320,26 +279,3 @@ def _tree_bytes(folder: Path) -> int:
 def _refuse_existing(out: Path) -> None:
     if os.path.lexists(out):
         raise UsageError(f"{out} exists already; choose another name or remove it first")
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path, disk: Disk, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _storage_error(path, disk, what, error) from error
-
-
-def _storage_error(path: Path, disk: Disk, what: str, error: OSError) -> StorageError:
-    try:
-        free = format_size(disk.free_bytes(path.parent))
-    except OSError:
-        free = "an unknown amount"
-    return StorageError(
-        f"{path}: {_reason(error)} ({what}, {free} free); what was there before is whole: "
-        "make room or choose another folder, then start again"
-    )
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or type(error).__name__

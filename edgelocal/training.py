@@ -19,17 +19,8 @@ from edgelocal.errors import BudgetError, InterruptedRunError, UsageError
 from edgelocal.evaluate import evaluate
 from edgelocal.formats.base import Dataset
 from edgelocal.progress import Display, count_parameters
-from edgelocal.run import (
-    RUN,
-    RunFolder,
-    RunInfo,
-    check_resume,
-    check_same,
-    describe_run,
-    load_blocks,
-    read_run,
-    restore,
-)
+from edgelocal.run import RunFolder, check_resume, check_same, load_blocks, restore
+from edgelocal.run_info import RUN, RunInfo, describe_run, read_run
 from edgelocal.session import runtime_info
 from edgelocal.spec import Manifest
 from edgelocal.store import lock

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from edgelocal.data import open_dataset
 from edgelocal.manifest import seal
 from edgelocal.run import load_blocks
 from edgelocal.spec import TaskSpec
-from edgelocal.state import decode_state
-from edgelocal.tensors import Array
+from edgelocal.state import MAGIC, SEAL_BYTES, decode_state
+from edgelocal.tensors import Array, decode, encode
 from edgelocal.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -127,6 +129,31 @@ def last_state(run: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     fingerprint = data[: data.index(b'"},')].split(b'"fingerprint":"')[1][:64].decode()
     state = decode_state(data, fingerprint)
     return state.progress, state.tensors
+
+
+def reseal(run: Path, edit: Callable[[dict[str, Any], dict[str, Array]], object]) -> None:
+    """Change progress and tensors of every checkpoint of a run, under a fitting seal."""
+    for path in (run / "state").glob("*.ckpt"):
+        tensors, metadata = decode(path.read_bytes()[:-SEAL_BYTES])
+        progress = json.loads(metadata["progress"])
+        edit(progress, tensors)
+        sealed = b"".join(encode(tensors, {**metadata, "progress": json.dumps(progress)})) + MAGIC
+        path.write_bytes(sealed + hashlib.sha256(sealed).digest())
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[Path]:
+    """A folder to work in as a user whom permissions bind, also where the tests run as root."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = os.geteuid() == 0
+        if root:
+            shutil.chown(folder, 65534)
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if root:
+                os.seteuid(0)
 
 
 def copy_bundle(source: Path, folder: Path, edit: Callable[[dict[str, Any]], None] | None = None) -> Path:

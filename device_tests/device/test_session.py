@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -16,7 +17,7 @@ import pytest
 
 from device_tests.device.runs import DROPOUT, ENVIRONMENT, RESIDUAL, answer, copy_bundle, put, write_data
 from edgelocal.bundle import open_bundle
-from edgelocal.errors import BundleError, EdgelocalError
+from edgelocal.errors import BundleError
 from edgelocal.session import Graph, Tensor, runtime_info
 from edgelocal.spec import GraphSpec, TensorSpec
 from edgelocal.tensors import Array
@@ -93,15 +94,41 @@ def test_a_graph_of_another_signature_is_refused(change: object) -> None:
         Graph(change(head()), MODEL, 1)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": ("N", 5)}, r"logits is tensor\(float\) \['N', 4\], the manifest says float32 \['N', 5\]"),
+        ({"shape": ("N", 4, 1)}, r"the manifest says float32 \['N', 4, 1\]"),
+        ({"shape": (2, 4)}, r"the manifest says float32 \[2, 4\]"),
+        ({"shape": ()}, r"the manifest says float32 \[\]"),
+        ({"shape": ("N", "N")}, r"the manifest says float32 \['N', 'N'\]"),
+        ({"dtype": "int64"}, r"logits is tensor\(float\) .* the manifest says int64"),
+    ],
+)
+def test_a_tensor_of_another_shape_or_dtype_is_refused(change: dict[str, Any], message: str) -> None:
+    spec = head()
+    with pytest.raises(BundleError, match=message):
+        Graph(dataclasses.replace(spec, outputs=(dataclasses.replace(spec.outputs[0], **change),)), MODEL, 1)
+    swapped = dataclasses.replace(spec.inputs[1], shape=spec.inputs[1].shape[::-1])
+    with pytest.raises(BundleError, match=r"the manifest says float32 \[24, 4\]; export the bundle again"):
+        Graph(dataclasses.replace(spec, inputs=(spec.inputs[0], swapped, spec.inputs[2])), MODEL, 1)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (0,), (1, 1)])
+def test_what_is_not_one_number_is_a_bundle_error(shape: tuple[int, ...]) -> None:
+    with pytest.raises(BundleError, match=r"put out .* in place of one number"):
+        Tensor.of(np.zeros(shape, np.float32)).item()
+
+
 @pytest.mark.parametrize("model", [b"", b"\xff" * 50, MODEL[:-60]], ids=["empty", "noise", "cut"])
 def test_bytes_that_are_no_model_are_refused(model: bytes) -> None:
-    with pytest.raises(BundleError, match=r"head\.onnx (cannot be loaded|has other inputs)"):
+    with pytest.raises(BundleError, match=r"head\.onnx( cannot be loaded| has other inputs|: damaged ONNX)"):
         Graph(head(), model, 1)
 
 
 def test_feeds_of_another_shape_are_an_error_that_names_the_graph() -> None:
     graph = Graph(head(), MODEL, 1)
-    with pytest.raises(EdgelocalError, match=r"head\.onnx cannot be run"):
+    with pytest.raises(BundleError, match=r"head\.onnx cannot be run"):
         graph.run({**feeds(), "h": Tensor.of(np.zeros((2, 5), np.float32))})
     assert graph.run(feeds())["logits"].array().shape == (2, 4)
 
@@ -117,7 +144,7 @@ def test_a_bundle_with_a_foreign_graph_exits_with_4(tmp_path: Path) -> None:
     put(bundle, "blocks/00/step.onnx", b"no model at all")
     data = write_data(tmp_path / "d.npz", RESIDUAL)
     result = answer("train", bundle, "--data", data, "--out", tmp_path / "r", code=4)
-    assert "blocks/00/step.onnx cannot be loaded" in result["error"]
+    assert "blocks/00/step.onnx: damaged ONNX: wire type 6" in result["error"]
 
 
 def test_the_runtime_is_described() -> None:

@@ -28,6 +28,7 @@ from edgelocal.spec import (
 Edit = Callable[[dict[str, Any]], Any]
 WHOLE = {path: (path / "manifest.json").read_bytes() for path in (RESIDUAL, DROPOUT)}
 BODY = b"{" + WHOLE[DROPOUT][len(SEAL) + 66 :]
+SCALAR = {"name": "z", "shape": [], "dtype": "float32"}
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
@@ -41,6 +42,17 @@ def edited(edit: Edit) -> bytes:
 def step(raw: dict[str, Any]) -> dict[str, Any]:
     graph: dict[str, Any] = raw["blocks"][0]["step"]
     return graph
+
+
+def tensor(raw: dict[str, Any], name: str, side: str = "inputs") -> dict[str, Any]:
+    """Input or output `name` of the step graph of block 00."""
+    return next(t for t in step(raw)[side] if t["name"] == name)
+
+
+def reshaped(raw: dict[str, Any], name: str, shape: list[int]) -> None:
+    """State `name` of another shape, before and after the step."""
+    tensor(raw, name).update(shape=shape)
+    tensor(raw, f"new/{name}", "outputs").update(shape=shape)
 
 
 def renamed(name: str) -> Edit:
@@ -144,6 +156,44 @@ REFUSED: list[tuple[str, Edit, str]] = [
     ("means", lambda m: m["input"].update(mean=[0.0] * 5), "manifest.input: expected 1 or 12 means and deviations"),
     ("zero deviation", lambda m: m["input"].update(std=[0.0]), "input.std: expected positive deviations"),
     ("input dtype", lambda m: m["input"].update(dtype="bool"), "input.dtype: expected float32 or int64"),
+    ("no outputs", lambda m: step(m).update(outputs=[]), "step.onnx: output 0: expected 'h', found 'nothing'"),
+    ("no h", lambda m: step(m)["outputs"].pop(0), "step.onnx: output 0: expected 'h', found 'loss'"),
+    ("no loss", lambda m: step(m)["outputs"].pop(1), "step.onnx: output 1: expected 'loss', found 'correct'"),
+    ("no metric", lambda m: step(m)["outputs"].pop(2), "step.onnx: output 2: expected 'correct', found 'new/param"),
+    ("lost state", lambda m: step(m)["outputs"].pop(), "expected 'new/opt/step', found 'nothing'"),
+    ("one output more", lambda m: step(m)["outputs"].append(SCALAR), "expected 'nothing', found 'z'"),
+    ("one output twice", lambda m: step(m)["outputs"].append(step(m)["outputs"][0]), "a name of its own for each"),
+    ("no x", lambda m: step(m)["inputs"].pop(0), "step.onnx: input 0: expected 'x', found 'y'"),
+    ("no y", lambda m: step(m)["inputs"].pop(1), "step.onnx: input 1: expected 'y', found 'lr'"),
+    ("forward of nothing", lambda m: m["blocks"][0]["forward"].update(inputs=[]), "forward.onnx: input 0: expected"),
+    ("forward to logits", lambda m: m["blocks"][0]["forward"]["outputs"][0].update(name="logits"), "expected 'h'"),
+    ("head to h", lambda m: m["blocks"][0]["head"]["outputs"][0].update(name="h"), "expected 'logits'"),
+    ("predict to h", lambda m: m["predict"]["outputs"][0].update(name="h"), "predict.onnx: output 0: expected"),
+    (
+        "loss of shape 3",
+        lambda m: tensor(m, "loss", "outputs").update(shape=[3]),
+        "loss: expected the shape of a number",
+    ),
+    ("correct of N", lambda m: tensor(m, "correct", "outputs").update(shape=["N"]), "correct: expected the shape of"),
+    (
+        "mask of no input",
+        lambda m: m["blocks"][0]["masks"][0].update(name="rand/9"),
+        "an input for each mask, found 'rand/9'",
+    ),
+    ("state of N", lambda m: tensor(m, "param/0.bias").update(shape=["N"]), "param/0.bias: expected a fixed shape"),
+    ("other new state", lambda m: tensor(m, "new/param/0.bias", "outputs").update(shape=[9]), "new state of the same"),
+    ("other new dtype", lambda m: tensor(m, "new/opt/step", "outputs").update(dtype="int64"), "new state of the same"),
+    ("huge slot", lambda m: reshaped(m, "opt/m/0.bias", [1 << 39]), r"expected the shape of its parameter, \[24\]"),
+    ("slot of nothing", lambda m: reshaped(m, "opt/step", [7]), r"expected the shape of its parameter, \[\], found"),
+    (
+        "block without a name",
+        lambda m: m["blocks"][0].update(name=""),
+        "manifest.blocks: expected a plain name, found ''",
+    ),
+    ("block named as a path", lambda m: m["blocks"][0].update(name="../x"), "expected a plain name, found '../x'"),
+    ("block with a colon", lambda m: m["blocks"][0].update(name="a:b"), "expected a plain name, found 'a:b'"),
+    ("block with a line", lambda m: m["blocks"][0].update(name="a\n"), "expected a plain name"),
+    ("block of a long name", lambda m: m["blocks"][0].update(name="b" * 33), "expected a plain name"),
     ("blocks of one name", lambda m: m["blocks"][1].update(name="00"), "manifest.blocks: expected a name of its own"),
 ]
 

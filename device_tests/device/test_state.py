@@ -102,6 +102,7 @@ GOOD = {"format": "edgelocal-checkpoint", "version": "1", "fingerprint": "abc", 
         ({"progress": "{"}, "not valid JSON"),
         ({"progress": "[" * 100_000}, "not valid JSON"),
         ({"progress": "[]"}, "is a list, not an object"),
+        ({"progress": '{"a":1,"a":2}'}, "not valid JSON: duplicate key 'a'"),
     ],
 )
 def test_a_sealed_but_foreign_file_says_why(change: dict[str, str], message: str) -> None:
@@ -109,6 +110,13 @@ def test_a_sealed_but_foreign_file_says_why(change: dict[str, str], message: str
     with pytest.raises(CheckpointError, match=message) as caught:
         decode_state(sealed(GOOD | change), "abc")
     assert type(caught.value) is CheckpointError
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_sealed_tensor_that_is_not_finite_is_refused(value: float) -> None:
+    payload = b"".join(encode({"a": np.ones(2, np.float32), "b": np.full(3, value, np.float32)}, GOOD))
+    with pytest.raises(CheckpointError, match="tensor 'b' of the checkpoint holds a value that is not finite"):
+        decode_state(sealed({}, payload), "abc")
 
 
 def test_a_sealed_but_malformed_payload_is_refused() -> None:

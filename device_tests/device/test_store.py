@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgelocal.disk import Disk
 from edgelocal.errors import CheckpointError, StorageError, UsageError
 from edgelocal.state import TrainingState, encode_state
-from edgelocal.store import CheckpointStore, Disk, Loaded, atomic_write, lock, make_folders, staging
+from edgelocal.store import CheckpointStore, Loaded, atomic_write, lock, make_folders, staging
 
 OLD, NEW = b"old" * 100, b"new!" * 300
 
@@ -249,6 +250,56 @@ def test_all_damaged_is_refused_never_a_silent_restart(tmp_path: Path) -> None:
         (store.folder / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no checkpoint is whole \(00000002.ckpt: .*00000001.ckpt: .*restore"):
         store.load("abc")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zeros", "link to the older", "dangling link", "folder"])
+def test_what_is_no_file_counts_as_damaged_and_never_hangs(tmp_path: Path, kind: str) -> None:
+    store = store_with(tmp_path, 2)
+    newest = store.folder / "00000002.ckpt"
+    newest.unlink()
+    if kind == "folder":
+        newest.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(newest)
+    else:
+        newest.symlink_to({"zeros": "/dev/zero", "link to the older": "00000001.ckpt"}.get(kind, "nowhere"))
+    loaded = store.load("abc")
+    assert number_of(loaded) == 1
+    assert loaded is not None
+    assert [path for path, _ in loaded.skipped] == [newest]
+    store.commit(checkpoint(3))
+    kept = ["00000001.ckpt", "00000003.ckpt"]
+    assert names(store.folder) == (kept if kind != "folder" else sorted([*kept, newest.name]))
+
+
+def test_a_checkpoint_larger_than_the_memory_counts_as_damaged(tmp_path: Path) -> None:
+    class Small(Disk):
+        def read(self, path: Path) -> bytes:
+            if path.name == "00000002.ckpt":
+                raise MemoryError  # as Python says of a file of 4 PiB, most of it holes
+            return super().read(path)
+
+    store_with(tmp_path, 2)
+    assert number_of(CheckpointStore(tmp_path, disk=Small()).load("abc")) == 1
+
+
+@pytest.mark.parametrize("name", ["999999999999999999.ckpt", "9" * 100 + ".ckpt"])
+def test_numbers_go_on_behind_any_number(tmp_path: Path, name: str) -> None:
+    store = store_with(tmp_path, 1)
+    (store.folder / "00000001.ckpt").rename(store.folder / name)
+    store.commit(checkpoint(2))
+    store.commit(checkpoint(3))
+    assert number_of(store.load("abc")) == 3
+    assert len(names(store.folder)) == 2
+
+
+def test_a_state_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file")
+    store = CheckpointStore(tmp_path, writable=False)
+    with pytest.raises(CheckpointError, match="state cannot be listed: Not a directory; check permissions, or restore"):
+        store.load("abc")
+    with pytest.raises(StorageError, match=r"File exists .making the folder, .*: move away what is there"):
+        CheckpointStore(tmp_path)
 
 
 def test_another_fingerprint_is_refused_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,166 @@
+"""A training <-> what a checkpoint holds of it. A checkpoint is believed as little as any other file: types, ranges,
+names, shapes and dtypes are checked before anything is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgelocal.config import TrainConfig
+from edgelocal.decode import DecodeError, decode, expect
+from edgelocal.errors import CheckpointError
+from edgelocal.scores import Score
+from edgelocal.spec import Manifest
+from edgelocal.state import TrainingState
+from edgelocal.tensors import Array
+from edgelocal.trainer import BlockMeasures, Position, Trainer, stages
+
+LARGEST = 1 << 63  # of a count of steps, samples or bytes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`BlockMeasures` without its score."""
+
+    peak_bytes: int
+    step_s: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """A line of metrics.jsonl."""
+
+    stage: int
+    epoch: int
+    lr: float
+    steps: int
+    seconds: float
+    blocks: dict[str, dict[str, float]]
+    validation: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands besides its tensors; scores and measures by block."""
+
+    position: Position
+    scores: tuple[Score, ...]
+    measures: tuple[Measured, ...]
+    process_peak_bytes: int
+    metrics: tuple[EpochRecord, ...]
+
+
+def capture(trainer: Trainer, metrics: Sequence[dict[str, Any]]) -> TrainingState:
+    """The state of a training with the records of its epochs; shares the memory of the blocks' tensors."""
+    tensors = {f"{b.spec.name}:{name}": array for b in trainer.blocks for name, array in b.state().items()}
+    progress = {
+        "position": asdict(trainer.position),
+        "scores": [asdict(m.score) for m in trainer.measures],
+        "measures": [asdict(Measured(m.peak_bytes, m.step_s, m.steps)) for m in trainer.measures],
+        "process_peak_bytes": trainer.process_peak_bytes,
+        "metrics": list(metrics),
+    }
+    return TrainingState(progress, tensors)
+
+
+def apply(progress: Progress, trainer: Trainer) -> None:
+    """Set position, scores and measures of a trainer.
+
+    Raises:
+        CheckpointError: a value is out of the range of this training.
+    """
+    check_progress(progress, trainer.manifest, trainer.config, trainer.batches_per_epoch)
+    trainer.position = progress.position
+    trainer.process_peak_bytes = progress.process_peak_bytes
+    trainer.measures = [
+        BlockMeasures(score, measured.peak_bytes, measured.step_s, measured.steps)
+        for score, measured in zip(progress.scores, progress.measures, strict=True)
+    ]
+
+
+def read_progress(state: TrainingState) -> Progress:
+    """The progress in a checkpoint.
+
+    Raises:
+        CheckpointError: a value is missing, unknown or of another type.
+    """
+    with _refused():
+        progress: Progress = decode(Progress, state.progress, "progress")
+    return progress
+
+
+def check_progress(progress: Progress, manifest: Manifest, config: TrainConfig, batches: int | None = None) -> None:
+    """That a training of `config` can stand there; exactly, if the number of batches in an epoch is known.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    with _refused():
+        _check_position(progress.position, len(stages(config.schedule, len(manifest.blocks))), config.epochs, batches)
+        _check_measures(progress, len(manifest.blocks))
+        for number, record in enumerate(progress.metrics):
+            _check_record(record, manifest, f"progress.metrics[{number}]")
+
+
+def _check_position(position: Position, stage_count: int, epochs: int, batches: int | None) -> None:
+    where, most = "progress.position", LARGEST if batches is None else batches
+    _in_range(position.stage, stage_count, f"{where}.stage")
+    _in_range(position.epoch, epochs if position.stage < stage_count else 0, f"{where}.epoch")
+    _in_range(position.batch, most if position.epoch < epochs and position.stage < stage_count else 0, f"{where}.batch")
+    _in_range(position.steps, LARGEST, f"{where}.steps")
+    if batches is not None:
+        steps = (position.stage * epochs + position.epoch) * batches + position.batch
+        expect(position.steps == steps, f"{where}.steps", f"the steps before it, {steps}", position.steps)
+
+
+def _check_measures(progress: Progress, blocks: int) -> None:
+    _in_range(progress.process_peak_bytes, LARGEST, "progress.process_peak_bytes")
+    for name, values in (("scores", progress.scores), ("measures", progress.measures)):
+        expect(len(values) == blocks, f"progress.{name}", f"one for each of {blocks} blocks", len(values))
+    for score, measured in zip(progress.scores, progress.measures, strict=True):
+        _in_range(score.samples, LARGEST, "progress.scores.samples")
+        _in_range(measured.peak_bytes, LARGEST, "progress.measures.peak_bytes")
+        _in_range(measured.steps, progress.position.steps, "progress.measures.steps")
+        expect(measured.step_s >= 0, "progress.measures.step_s", "at least 0", measured.step_s)
+
+
+def _check_record(record: EpochRecord, manifest: Manifest, where: str) -> None:
+    known = {block.name for block in manifest.blocks}
+    expect(set(record.blocks) <= known, f"{where}.blocks", "blocks of the bundle", sorted(record.blocks))
+    wanted = set(Score().result(manifest.task))
+    for values in (*record.blocks.values(), record.validation):
+        expect(values is None or set(values) == wanted, where, f"scores {sorted(wanted)}", values)
+
+
+def check_tensors(tensors: Mapping[str, Array], manifest: Manifest) -> None:
+    """That `tensors` are the state of all blocks, by name, shape and dtype.
+
+    Raises:
+        CheckpointError: one is missing, unknown, or not as the manifest says.
+    """
+    expected = {f"{block.name}:{t.name}": t for block in manifest.blocks for t in block.state()}
+    with _refused():
+        unlike = sorted(expected.keys() ^ tensors.keys())
+        expect(not unlike, "tensors", "the state of the bundle's blocks", f"{unlike[:1]} in one of both")
+        for name, spec in expected.items():
+            found = (tensors[name].dtype.name, list(tensors[name].shape))
+            expect(found == (spec.dtype, list(spec.shape)), name[:64], f"{spec.dtype} {list(spec.shape)}", found)
+
+
+def _in_range(value: int, most: int, where: str) -> None:
+    expect(0 <= value <= most, where, f"0 to {most}", value)
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except DecodeError as error:
+        raise CheckpointError(
+            f"the checkpoint is whole, but not one of this run ({error}); restore one from a copy, or start anew with "
+            "a new --out"
+        ) from None
