@@ -95,7 +95,7 @@ def test_a_second_signal_ends_at_once_with_a_message(tmp_path: Path) -> None:
         "step = trainer.Trainer._step\n"
         "def twice(*a):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:\n"  # two at once would count as one
+        "    while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:\n"  # two at once count as one
         "        time.sleep(0.001)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(5)\n"  # for as long as it takes to be delivered
