@@ -129,7 +129,7 @@ class RunFolder:
         return by_steps or time.monotonic() - self._last_commit >= every_s
 
     def commit(self, trainer: Trainer) -> None:
-        """Make the state durable; nothing where it is what was committed last."""
+        """Make the state durable."""
         self.store.commit(encode_state(capture(trainer, self._metrics), self.info.fingerprint))
         self._last_commit, self._last_steps = time.monotonic(), trainer.position.steps
 

@@ -259,16 +259,21 @@ class Trainer:
             "blocks": {self.blocks[i].spec.name: self.measures[i].score.result(task) for i in stage.trained},
         }
         if self.validation is not None and self.validate_every and (epoch + 1) % self.validate_every == 0:
-            record["validation"] = self._validate(self.blocks[: stage.trained[-1] + 1], watcher)
+            record["validation"] = self.validate(watcher, self.blocks[: stage.trained[-1] + 1])[-1]
         for index in stage.trained:
             self.measures[index].score = Score()
         self.position.epoch, self.position.batch = epoch + 1, 0
         return record
 
-    def _validate(self, blocks: Sequence[Block], watcher: Watcher) -> dict[str, float]:
-        assert self.validation is not None, "asked before"
+    def validate(self, watcher: Watcher, blocks: Sequence[Block], *, exits: bool = False) -> list[dict[str, float]]:
+        """Scores of the network up to the last of `blocks` on the validation data, with `exits` of every block's head.
+
+        Empty without validation data. The watcher may stop it after any batch, as `stop_point` says.
+        """
+        if self.validation is None:
+            return []
         stop = partial(self.stop_point, watcher)
-        return evaluate(blocks, self.validation, self.manifest, self.config.batch, exits=False, after_batch=stop)[-1]
+        return evaluate(blocks, self.validation, self.manifest, self.config.batch, exits=exits, after_batch=stop)
 
     def _note_peak(self) -> None:
         self.process_peak_bytes = max(self.process_peak_bytes, peak_rss_bytes())

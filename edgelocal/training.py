@@ -6,7 +6,6 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from edgelocal.config import TrainConfig
 from edgelocal.data import Split, has_split, open_dataset
 from edgelocal.device import describe
 from edgelocal.errors import BudgetError, InterruptedRunError, UsageError
-from edgelocal.evaluate import evaluate
 from edgelocal.formats.base import Dataset
 from edgelocal.progress import Display, count_parameters
 from edgelocal.run import RunFolder, check_resume, check_same, load_blocks, restore
@@ -162,11 +160,7 @@ def _train_locked(
     watcher = _Watcher(folder, display, request, stop)
     with display:
         trainer.run(watcher)
-    scores: list[dict[str, float]] = []
-    if validation is not None:
-        stop_point = partial(trainer.stop_point, watcher)
-        size = request.config.batch
-        scores = evaluate(blocks, validation, bundle.manifest, size, exits=True, after_batch=stop_point)
+    scores = trainer.validate(watcher, blocks, exits=True)
     trainer.check_budget()
     report = make_report(trainer, info, scores, notes, folder)
     folder.write_report(report)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,25 @@ def put(folder: Path, name: str, data: bytes) -> None:
     (folder / name).write_bytes(data)
     entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     edit_manifest(folder, lambda manifest: manifest["files"].update({name: entry}))
+
+
+def disturb(raw: Any, values: list[Any], rng: random.Random) -> None:
+    """Change parsed JSON at one random place: an entry is left out, written twice, or one of `values`."""
+    container, key = rng.choice(_places(raw, []))
+    if rng.random() < 0.2:
+        del container[key]
+    elif rng.random() < 0.2 and isinstance(container, dict):
+        container[f"{key}?"] = container[key]
+    else:
+        container[key] = rng.choice(values)
+
+
+def _places(raw: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Every (container, key) of a tree."""
+    for key in list(raw) if isinstance(raw, dict) else range(len(raw)) if isinstance(raw, list) else ():
+        found.append((raw, key))
+        _places(raw[key], found)
+    return found
 
 
 def task(loss: str = "cross_entropy", classes: int = 3, smoothing: float = 0.0) -> TaskSpec:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from device_tests.device.runs import DROPOUT, answer, last_state, reseal, write_data
+from device_tests.device.runs import DROPOUT, answer, disturb, last_state, reseal, write_data
 from edgelocal.checkpoint import check_progress, read_progress
 from edgelocal.errors import CheckpointError
 from edgelocal.run import open_trained
@@ -113,14 +113,6 @@ def test_refused(trained: tuple[Path, list[object]], tmp_path: Path, edit: Edit,
 VALUES = [None, True, -1, 0, 1.5, 10**30, float("nan"), "", "x", [], {}, [[]], {"": 0}, [0] * 9]
 
 
-def places(raw: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """Every (container, key) of a tree."""
-    for key in list(raw) if isinstance(raw, dict) else range(len(raw)) if isinstance(raw, list) else ():
-        found.append((raw, key))
-        places(raw[key], found)
-    return found
-
-
 def test_only_checkpoint_errors_leave_under_other_structures(trained: tuple[Path, list[object]]) -> None:
     rng = random.Random(0)
     run = open_trained(trained[0], 1)
@@ -128,13 +120,7 @@ def test_only_checkpoint_errors_leave_under_other_structures(trained: tuple[Path
     refused = 0
     for _ in range(2000):
         raw = json.loads(whole)
-        container, key = rng.choice(places(raw, []))
-        if rng.random() < 0.2:
-            del container[key]
-        elif rng.random() < 0.2 and isinstance(container, dict):
-            container[f"{key}?"] = container[key]
-        else:
-            container[key] = rng.choice(VALUES)
+        disturb(raw, VALUES, rng)
         try:
             found = read_progress(TrainingState(raw, {}))
             check_progress(found, run.bundle.manifest, run.info.config, 3)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_tests.device.runs import DROPOUT, RESIDUAL
+from device_tests.device.runs import DROPOUT, RESIDUAL, disturb
 from edgelocal.errors import BundleError
 from edgelocal.manifest import MAX_MANIFEST_BYTES, SEAL, parse_manifest, render_manifest, seal
 from edgelocal.spec import (
@@ -291,26 +291,12 @@ def test_only_bundle_errors_leave_the_parser_under_damaged_bytes_with_a_fitting_
 VALUES = [None, True, -1, 0, 1.5, 10**400, float("nan"), "", "N", "x" * 300, "\ud800", [], {}, [[]], {"": 0}, [0] * 9]
 
 
-def places(raw: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """Every (container, key) of a tree."""
-    for key in list(raw) if isinstance(raw, dict) else range(len(raw)) if isinstance(raw, list) else ():
-        found.append((raw, key))
-        places(raw[key], found)
-    return found
-
-
 def test_only_bundle_errors_leave_the_parser_under_other_structures() -> None:
     rng = random.Random(1)
     refused = 0
     for _ in range(2000):
         raw = json.loads(BODY)
-        container, key = rng.choice(places(raw, []))
-        if rng.random() < 0.2:
-            del container[key]
-        elif rng.random() < 0.2 and isinstance(container, dict):
-            container[f"{key}?"] = container[key]
-        else:
-            container[key] = rng.choice(VALUES)
+        disturb(raw, VALUES, rng)
         refused += parsed_or_refused(seal(json.dumps(raw).encode())) is None
     assert refused > 1500
 
