@@ -23,8 +23,8 @@ def evaluate_run(run: Path, data: Path, bundle: Path | None, batch: int | None, 
     trained = open_trained(run, threads or describe().cores, bundle)
     manifest = trained.bundle.manifest
     split: Split = "test" if has_split(data, "test") else "train"
-    dataset = open_dataset(data, split, manifest.input, manifest.task)
-    scores = evaluate(trained.blocks, dataset, manifest, batch or trained.info.config.batch, exits=True)
+    with open_dataset(data, split, manifest.input, manifest.task) as dataset:
+        scores = evaluate(trained.blocks, dataset, manifest, batch or trained.info.config.batch, exits=True)
     exits = [{"block": block.spec.name, **score} for block, score in zip(trained.blocks, scores, strict=True)]
     notes = list(trained.notes)
     if split == "train" and data_digest(dataset) == trained.info.data_digest:

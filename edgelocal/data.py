@@ -2,13 +2,14 @@
 
     open_dataset(path) -> Dataset;  batches(...) -> indices;  Dataset.read(indices) -> raw;  prepare(raw) -> float32
 
-Nothing is loaded as a whole unless it is compressed as a whole (see `edgelocal.formats`). Pillow is needed for image
-files only.
+Only labels, names and the samples of a batch are in memory; `pipeline_bytes` says how much that is. What is compressed
+as a whole is unpacked into a file first (see `edgelocal.formats.packed`). Pillow is needed for image files only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,23 @@ from edgelocal.formats import cifar, idx, images, npy
 from edgelocal.formats.base import Dataset, Indices, Labels, Opener, Parts, Samples, Split, visible
 from edgelocal.spec import AugmentSpec, InputSpec, TaskSpec
 
-__all__ = ["Dataset", "Indices", "Labels", "Samples", "Split", "batches", "has_split", "open_dataset", "prepare"]
+__all__ = [
+    "Dataset",
+    "Indices",
+    "Labels",
+    "Samples",
+    "Split",
+    "batches",
+    "has_split",
+    "open_dataset",
+    "pipeline_bytes",
+    "prepare",
+]
 
+_ORDER_BYTES = 8  # of a sample's place in the order of an epoch
+_SHUFFLE_BYTES = 40  # of a sample while that order is made, see `permutation`
+_SAMPLE_OVERHEAD = 256  # random numbers, masks and places of a sample while its batch is made
+_OVERHEAD = 64 << 10  # small objects of Python
 _FINDERS = (cifar.find, idx.find, npy.find, images.find)
 _EXPECTED = (
     "class folders of images (or a .zip of them), CIFAR binary files, IDX files, an .npz with x and y, or x.npy and "
@@ -36,10 +52,14 @@ def open_dataset(
     split: Split,
     input: InputSpec,  # noqa: A002 - the manifest's word for it
     task: TaskSpec,
+    scratch: Path | None = None,
 ) -> Dataset:
-    """The samples of a split, in whichever known format they are.
+    """The samples of a split, in whichever known format they are. Use it in a `with`, which removes what it unpacked.
 
-    Data that names no splits is all for training. "test" is what is called test, or else val.
+    Data that names no splits is all for training. "test" is what is called test, or else val. Samples of more than
+    1 MiB that are compressed as a whole are unpacked into a nameless file in `scratch`, an existing folder (None: the
+    system's folder of temporary files), when the `with` begins, or at the first `read` without one. Nothing is
+    written before.
 
     Raises:
         DataError: missing, of an unknown format, without that split, or not fit for `input` and `task`.
@@ -48,7 +68,7 @@ def open_dataset(
     parts = _parts(path)
     if split not in parts:
         raise DataError(f"{path} has no {split} split, found {', '.join(parts)}: {_advice(split)}")
-    return parts[split](input, task)
+    return parts[split](input, task, scratch)
 
 
 def has_split(path: Path, split: Split) -> bool:
@@ -70,8 +90,11 @@ def batches(n: int, batch: int, seed: int, epoch: int, shuffle: bool, start: int
     """
     if batch < 1:
         raise UsageError(f"batch is {batch}, expected at least 1")
-    order = permutation(n, seed, epoch) if shuffle else np.arange(n, dtype=np.int64)
-    return (order[first : first + batch] for first in range(start * batch, n, batch))
+    starts = range(start * batch, n, batch)
+    if not shuffle:
+        return (np.arange(first, min(first + batch, n), dtype=np.int64) for first in starts)
+    order = permutation(n, seed, epoch)
+    return (order[first : first + batch] for first in starts)
 
 
 def prepare(
@@ -105,6 +128,45 @@ def prepare(
     return x
 
 
+def pipeline_bytes(
+    datasets: Sequence[Dataset],
+    batch: int,
+    input: InputSpec,  # noqa: A002 - the manifest's word for it
+    augment: AugmentSpec | None,
+) -> int:
+    """Upper bound of what the data takes in memory: all `datasets` are open, one of them gives batches of `batch`.
+
+    That is labels and names; the order of an epoch; and for one batch what is read, augmented and prepared. The batch
+    that `prepare` gave counts until the next is asked for. Opening a dataset takes more, for a moment, before any
+    block is loaded.
+    """
+    working = [
+        max(_SHUFFLE_BYTES * len(data), _ORDER_BYTES * len(data) + _batch_bytes(data, batch, input, augment))
+        for data in datasets
+    ]
+    return sum(data.resident_bytes for data in datasets) + max(working) + _OVERHEAD
+
+
+def _batch_bytes(data: Dataset, batch: int, spec: InputSpec, augment: AugmentSpec | None) -> int:
+    """Peak while a batch is made; the last term of the first is the batch before, which the caller may still hold."""
+    k = min(batch, len(data))
+    raw = k * data.sample_bytes
+    reading = data.reading_bytes(k) + raw
+    moving, moved = _augment_bytes(raw, spec.shape, augment)
+    floats = 0 if spec.dtype == "int64" else 4 * k * math.prod(spec.shape)
+    labels = k * data.labels.nbytes // len(data)
+    return max(reading, raw + moving, raw + moved + floats) + labels + _SAMPLE_OVERHEAD * k
+
+
+def _augment_bytes(raw: int, shape: tuple[int, ...], augment: AugmentSpec | None) -> tuple[int, int]:
+    """For `raw` bytes of samples: what augmenting them takes beside them at its peak, and what is left of it."""
+    if augment is None or not (augment.pad or augment.flip) or len(shape) != 3:  # `augment` refuses what is no image
+        return 0, 0
+    _, height, width = shape
+    padded = raw * (height + 2 * augment.pad) * (width + 2 * augment.pad) // (height * width) if augment.pad else 0
+    return raw + max(padded, raw if augment.flip else 0), raw
+
+
 def _parts(path: Path) -> Parts:
     if not path.exists():
         raise DataError(f"{path} does not exist; expected {_EXPECTED}")
@@ -125,11 +187,11 @@ def _recognise(path: Path) -> Parts:
 def _whole(path: Path) -> Opener:
     """Opens all of a folder that holds one split."""
 
-    def open_whole(spec: InputSpec, task: TaskSpec) -> Dataset:
+    def open_whole(spec: InputSpec, task: TaskSpec, scratch: Path | None) -> Dataset:
         parts = _recognise(path)
         if len(parts) != 1:
             raise DataError(f"{path} is of no known format{_found(visible(path))}; expected {_EXPECTED}")
-        return next(iter(parts.values()))(spec, task)
+        return next(iter(parts.values()))(spec, task, scratch)
 
     return open_whole
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
     manifest = bundle.manifest
     request.config.check(manifest)
     verify(bundle)  # damage is found now, not when the block's turn comes after hours
-    data, validation = open_data(request.data, request.validation, manifest)
+    data, validation = open_data(request.data, request.validation, manifest, request.out)
     threads = request.threads or describe().cores
     _check_fit(bundle, request.budget_bytes)
     check_resume(request.out, request.resume)  # before the lock, which makes the folder
@@ -117,7 +118,10 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
         raise InterruptedRunError("stopped before the first step; nothing was written")
     with lock(request.out):
         continued = check_resume(request.out, request.resume)  # what another process has done until we held it
-        return _train_locked(request, display, bundle, info, data, validation, threads, continued, stop)
+        if continued:
+            check_same(request.out, info)
+        with data, validation or nullcontext():  # unpacks what is compressed, so damage is found now and not in epoch 1
+            return _train_locked(request, display, bundle, info, data, validation, threads, continued, stop)
 
 
 def _train_locked(
@@ -131,8 +135,6 @@ def _train_locked(
     continued: bool,
     stop: threading.Event,
 ) -> dict[str, Any]:
-    if continued:
-        check_same(request.out, info)
     folder = RunFolder(request.out, info)
     loaded = folder.resume() if continued else None
     notes = _resume_notes(request.out, info, loaded.skipped if loaded else ()) if continued else []
@@ -167,14 +169,17 @@ def _train_locked(
     return report
 
 
-def open_data(path: Path, validation: Path | None, manifest: Manifest) -> tuple[Dataset, Dataset | None]:
-    """Training and validation data; the validation defaults to the test split of `path`, if it has one."""
-    data = open_dataset(path, "train", manifest.input, manifest.task)
+def open_data(path: Path, validation: Path | None, manifest: Manifest, scratch: Path) -> tuple[Dataset, Dataset | None]:
+    """Training and validation data; the validation defaults to the test split of `path`, if it has one.
+
+    What must be unpacked goes into `scratch`, see `open_dataset`.
+    """
+    data = open_dataset(path, "train", manifest.input, manifest.task, scratch)
     if validation is not None:
         split: Split = "test" if has_split(validation, "test") else "train"
-        return data, open_dataset(validation, split, manifest.input, manifest.task)
+        return data, open_dataset(validation, split, manifest.input, manifest.task, scratch)
     if has_split(path, "test"):
-        return data, open_dataset(path, "test", manifest.input, manifest.task)
+        return data, open_dataset(path, "test", manifest.input, manifest.task, scratch)
     return data, None
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -33,6 +34,14 @@ class Dataset(Protocol):
         """Names of the classes by id; () if unknown."""
 
     @property
+    def resident_bytes(self) -> int:
+        """Upper bound of what it keeps in memory: labels, names, places of files, small arrays."""
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample as `read` gives it."""
+
+    @property
     def labels(self) -> Labels:
         """Class ids, (n,) int64, for cross_entropy; targets, (n, classes) float32, for bce and mse."""
 
@@ -46,10 +55,20 @@ class Dataset(Protocol):
 
         Raises:
             DataError: a sample cannot be read, has another size or is not finite; the message names it.
+            StorageError: no space to unpack the samples.
         """
 
+    def reading_bytes(self, k: int) -> int:
+        """Upper bound of what `read` of k samples holds at its peak, the samples themselves included."""
 
-Opener: TypeAlias = Callable[[InputSpec, TaskSpec], Dataset]
+    def __enter__(self) -> Dataset:
+        """Unpack now what is compressed as a whole; the first `read` does so otherwise. Errors as of `read`."""
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what was unpacked."""
+
+
+Opener: TypeAlias = Callable[[InputSpec, TaskSpec, Path | None], Dataset]  # the folder is where to unpack
 Parts: TypeAlias = dict[Split, Opener]
 
 
@@ -77,19 +96,25 @@ def is_junk(name: str) -> bool:
 
 def visible(folder: Path) -> list[str]:
     """Sorted names in a folder, without junk; names of folders end in "/"."""
+    with _listing(folder) as entries:
+        return sorted(entry.name + "/" * entry.is_dir() for entry in entries if not is_junk(entry.name))
+
+
+def largest_file(folder: Path) -> int:
+    """Bytes of the largest file in a folder, 0 without files."""
+    with _listing(folder) as entries:
+        return max((entry.stat().st_size for entry in entries if entry.is_file()), default=0)
+
+
+def names_bytes(names: Sequence[str]) -> int:
+    """Memory of a tuple of names: the allocator rounds every one up, to 16 bytes at most."""
+    return sys.getsizeof(()) + sum(sys.getsizeof(name) + 8 + 15 for name in names)
+
+
+@contextmanager
+def _listing(folder: Path) -> Iterator[Iterator[os.DirEntry[str]]]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name + "/" * entry.is_dir() for entry in entries if not is_junk(entry.name))
+            yield entries
     except OSError as error:
         raise DataError(f"{folder} cannot be listed ({error.strerror or error}); check its rights") from error
-
-
-def read_whole(stream: Readable, size: int) -> npt.NDArray[np.uint8]:
-    """The next `size` bytes of a stream, fewer where it ends, one more where it goes on.
-
-    Read in pieces: what a header claims is believed only as far as there are bytes.
-    """
-    data = io.BytesIO()
-    while data.tell() <= size and (piece := stream.read(min(1 << 20, size + 1 - data.tell()))):
-        data.write(piece)
-    return np.frombuffer(data.getbuffer(), dtype=np.uint8)

@@ -15,7 +15,7 @@ import numpy as np
 from edgelocal.errors import DataError
 from edgelocal.formats.base import Dataset, Parts, reading, visible
 from edgelocal.formats.labels import class_labels
-from edgelocal.formats.rows import FileRows, JoinedRows, array_dataset
+from edgelocal.formats.rows import FileRows, JoinedRows, all_rows, array_dataset
 from edgelocal.spec import InputSpec, TaskSpec
 
 SHAPE = (3, 32, 32)
@@ -56,16 +56,16 @@ def find(path: Path) -> Parts:
     return parts
 
 
-def _open(folder: Path, files: list[Path], variant: Variant, spec: InputSpec, task: TaskSpec) -> Dataset:
+def _open(
+    folder: Path, files: list[Path], variant: Variant, spec: InputSpec, task: TaskSpec, _: Path | None
+) -> Dataset:
     counts = [_records(file, variant.label_bytes + _PIXELS) for file in files]
     whole = list(zip(files, counts, strict=True))
     images = tuple(_field(file, count, variant, variant.label_bytes, SHAPE) for file, count in whole)
     labels = JoinedRows(tuple(_field(file, count, variant, variant.label_bytes - 1, ()) for file, count in whole))
     source = str(files[0]) if len(files) == 1 else str(folder)
-    ids = labels.read(np.arange(labels.count))
-    return array_dataset(
-        JoinedRows(images), class_labels(ids, task, source), spec, source, _names(folder, variant, task.classes)
-    )
+    ids = class_labels(all_rows(labels), task, source)
+    return array_dataset(JoinedRows(images), ids, spec, source, _names(folder, variant, task.classes))
 
 
 def _field(file: Path, count: int, variant: Variant, offset: int, shape: tuple[int, ...]) -> FileRows:

@@ -7,6 +7,8 @@ the orientation tag of cameras is not applied: what is stored is what is learned
 from __future__ import annotations
 
 import io
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgelocal.errors import DataError, UsageError
-from edgelocal.formats.base import Dataset, Indices, Labels, Parts, Split, reading, visible
+from edgelocal.formats.base import Dataset, Indices, Labels, Parts, Split, largest_file, names_bytes, reading, visible
 from edgelocal.formats.labels import class_labels
 from edgelocal.formats.rows import check_indices
 from edgelocal.formats.zips import ZipTree
@@ -27,6 +29,9 @@ from edgelocal.spec import InputSpec, TaskSpec
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp")
 MAX_IMAGE_BYTES = 64 << 20
 _CODECS = ("BMP", "JPEG", "PNG", "PPM", "WEBP")
+_FILE_COPIES = 2  # packed and unpacked in a .zip, or the file and the decoder's own copy of it
+_PIXEL_BYTES = 24  # Pillow takes 4 for each of: image, RGBA, result; then 6 for the array, 6 for progressive JPEG
+_DECODER_BYTES = 1 << 18  # windows and line buffers of the decoders
 _MODES = {1: "L", 3: "RGB"}
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")  # converting them to bytes would clip without a word
 
@@ -42,6 +47,14 @@ class Tree(Protocol):
     def names(self) -> Sequence[str]:
         """Name of each file."""
 
+    @property
+    def resident_bytes(self) -> int:
+        """What it keeps in memory."""
+
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest file, as stored or as unpacked, when the tree was opened."""
+
     def read(self, positions: Sequence[int], limit: int) -> Iterator[bytes]:
         """The files at these positions of `names`, each refused if larger than `limit` bytes."""
 
@@ -52,21 +65,39 @@ class FolderTree:
 
     path: Path
     names: tuple[str, ...]
+    largest_bytes: int
+
+    @classmethod
+    def open(cls, path: Path) -> FolderTree:
+        """The folders in `path` and what lies in them."""
+        names: list[str] = []
+        largest = 0
+        for name in visible(path):
+            names.append(name)
+            if name.endswith("/"):
+                names += [name + inner for inner in visible(path / name)]
+                largest = max(largest, largest_file(path / name))
+        return cls(path, tuple(names), largest)
 
     @property
     def source(self) -> str:
         """The folder."""
         return str(self.path)
 
+    @property
+    def resident_bytes(self) -> int:
+        """As `Tree.resident_bytes`."""
+        return names_bytes(self.names)
+
     def read(self, positions: Sequence[int], limit: int) -> Iterator[bytes]:
         """As `Tree.read`."""
         for position in positions:
             path = self.path / self.names[position]
             with reading(path) as file:
-                data = file.read(limit + 1)
-            if len(data) > limit:
-                raise DataError(f"{path} has more than {limit} bytes, too many for an image: remove or shrink it")
-            yield data
+                size = os.fstat(file.fileno()).st_size
+                if size > limit:
+                    raise DataError(f"{path} has {size} bytes, expected at most {limit}: remove or shrink it")
+                yield file.read(size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +113,28 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def __enter__(self) -> ImageDataset:
+        """As `Dataset.__enter__`: every image is unpacked when it is read."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """As `Dataset.__exit__`: there is nothing to remove."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """As `Dataset.resident_bytes`."""
+        return self.labels.nbytes + self.positions.nbytes + self.tree.resident_bytes
+
+    @property
+    def sample_bytes(self) -> int:
+        """As `Dataset.sample_bytes`."""
+        return math.prod(self.shape)
+
+    def reading_bytes(self, k: int) -> int:
+        """As `Dataset.reading_bytes`: the samples, and what decoding one image takes."""
+        file = _FILE_COPIES * min(self.tree.largest_bytes, MAX_IMAGE_BYTES)
+        return k * self.sample_bytes + file + _PIXEL_BYTES * self.shape[1] * self.shape[2] + _DECODER_BYTES
 
     def read(self, indices: Indices) -> npt.NDArray[np.uint8]:
         """As `Dataset.read`, always uint8."""
@@ -152,16 +205,11 @@ def _check_image(size: tuple[int, int], mode: str, shape: tuple[int, ...], where
         raise DataError(f"{where} has more than 8 bits a channel (mode {mode}), expected 8: convert the image")
 
 
-def _open_folder(path: Path, spec: InputSpec, task: TaskSpec) -> Dataset:
-    names: list[str] = []
-    for name in visible(path):
-        names.append(name)
-        if name.endswith("/"):
-            names += [name + inner for inner in visible(path / name)]
-    return _open_tree(FolderTree(path, tuple(names)), spec, task)
+def _open_folder(path: Path, spec: InputSpec, task: TaskSpec, _: Path | None) -> Dataset:
+    return _open_tree(FolderTree.open(path), spec, task)
 
 
-def _open_tree(tree: Tree, spec: InputSpec, task: TaskSpec) -> Dataset:
+def _open_tree(tree: Tree, spec: InputSpec, task: TaskSpec, _: Path | None = None) -> Dataset:
     if len(spec.shape) != 3 or spec.shape[0] not in _MODES:
         raise DataError(f"{tree.source} holds images, but the bundle takes {spec.shape}, expected (1 or 3, H, W)")
     _pillow()

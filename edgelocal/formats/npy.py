@@ -2,9 +2,8 @@
 
 Names: `x` and `y`, or `images` and `labels`, alone (all of it is for training) or with the split before or after, as in
 `x_train`, `train_images`, `y_test`, `val_labels`. Samples in `.npy` files and in stored members (`np.savez`) are read
-from the file by row. Members that are compressed (`np.savez_compressed`) are held decompressed: n times the bytes of a
-sample, for as long as the dataset lives. The checksum of a stored member is not checked: that would take reading all of
-it. Pickled objects are refused unread.
+from the file by row; members that are compressed (`np.savez_compressed`), as `edgelocal.formats.packed` says. The
+checksum of a stored member is not checked: that would take reading all of it. Pickled objects are refused unread.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,12 +22,13 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from edgelocal.errors import DataError
-from edgelocal.formats.base import Dataset, Parts, Split, read_whole, reading, visible
+from edgelocal.formats.base import Dataset, Parts, Split, reading, visible
 from edgelocal.formats.labels import array_labels
-from edgelocal.formats.rows import FileRows, MemoryRows, Rows, array_dataset
+from edgelocal.formats.packed import Packed, packed_rows
+from edgelocal.formats.rows import FileRows, Rows, all_rows, array_dataset
 from edgelocal.spec import InputSpec, TaskSpec
 
-RowsOf: TypeAlias = Callable[[str], Rows]
+RowsOf: TypeAlias = Callable[[str, Path | None], Rows]  # of a name; where to unpack
 _TAGS: dict[Split, tuple[str, ...]] = {"train": ("train", ""), "test": ("test", "val")}
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, RuntimeError, ValueError)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature ... length of the name, length of the extra field
@@ -61,45 +62,50 @@ def _pairs(tag: str) -> list[tuple[str, str]]:
     return [(f"{x}_{tag}", f"{y}_{tag}") for x, y in words] + [(f"{tag}_{x}", f"{tag}_{y}") for x, y in words]
 
 
-def _open(rows_of: RowsOf, x: str, y: str, source: str, spec: InputSpec, task: TaskSpec) -> Dataset:
-    samples, labels = rows_of(x), rows_of(y)
-    values = labels.read(np.arange(labels.count))
-    targets = array_labels(values, samples.count, task, f"{source}: {y}")
+def _open(
+    rows_of: RowsOf, x: str, y: str, source: str, spec: InputSpec, task: TaskSpec, scratch: Path | None
+) -> Dataset:
+    samples = rows_of(x, scratch)
+    targets = array_labels(all_rows(rows_of(y, scratch)), samples.count, task, f"{source}: {y}")
     return array_dataset(samples, targets, spec, f"{source}: {x}")
 
 
-def _file_rows(folder: Path, name: str) -> Rows:
+def _file_rows(folder: Path, name: str, _: Path | None) -> Rows:
     path = folder / f"{name}.npy"
     with reading(path) as file:
         return _plain_rows(path, file, path.stat().st_size, str(path))
 
 
-def _npz_rows(path: Path, name: str) -> Rows:
+def _npz_rows(path: Path, name: str, scratch: Path | None) -> Rows:
     where = f"{path}: {name}.npy"
     with reading(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 info = archive.getinfo(f"{name}.npy")
-                if info.compress_type != zipfile.ZIP_STORED:
-                    return _loaded_rows(archive, info, where)
         except _DAMAGE as error:
             raise _damaged(where, error) from error
-        file.seek(info.header_offset)
-        header = file.read(_LOCAL_HEADER.size)
-        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
-            raise _damaged(where, "no member where the directory says")
-        file.seek(sum(_LOCAL_HEADER.unpack(header)[1:]), 1)
-        return _plain_rows(path, file, file.tell() + info.file_size, where)
+        if info.compress_type == zipfile.ZIP_STORED:
+            file.seek(info.header_offset)
+            header = file.read(_LOCAL_HEADER.size)
+            if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+                raise _damaged(where, "no member where the directory says")
+            file.seek(sum(_LOCAL_HEADER.unpack(header)[1:]), 1)
+            return _plain_rows(path, file, file.tell() + info.file_size, where)
+    if info.compress_type != zipfile.ZIP_DEFLATED:
+        raise _damaged(where, f"packed by method {info.compress_type}, expected stored or deflated")
+    return packed_rows(partial(_inflated, path, name), path, scratch)
 
 
-def _loaded_rows(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Rows:
-    with archive.open(info) as member:
-        shape, dtype = _header(member, where)
-        size = math.prod(shape) * dtype.itemsize
-        data = read_whole(member, size)
-    if len(data) != size:
-        raise _damaged(where, f"{len(data)} bytes or more for an array of {size}")
-    return MemoryRows(data.view(dtype).reshape(shape))
+@contextmanager
+def _inflated(path: Path, name: str) -> Iterator[Packed]:
+    """The array in a compressed member."""
+    where = f"{path}: {name}.npy"
+    with reading(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive, archive.open(f"{name}.npy") as member:
+                yield Packed(member, *_header(member, where), where)
+        except _DAMAGE as error:
+            raise _damaged(where, error) from error
 
 
 def _plain_rows(path: Path, file: io.BufferedReader, end: int, where: str) -> Rows:

@@ -1,16 +1,12 @@
 """Arrays of samples that are read by row, and the dataset made of them.
 
-Rows in plain files are read by position into the batch, not memory-mapped: mapped pages count as memory of the process
-and would push it over its budget, and a file cut short meanwhile would kill it instead of raising an error. Memory is
-the rows asked for, nothing more.
+Rows are read by their place in the file, see `edgelocal.formats.row_io`. Memory is the rows asked for, nothing more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +15,8 @@ import numpy.typing as npt
 
 from edgelocal.errors import DataError
 from edgelocal.formats.base import Indices, Labels, Samples, reading
+from edgelocal.formats.packed import PackedRows
+from edgelocal.formats.row_io import read_rows
 from edgelocal.spec import InputSpec
 
 
@@ -37,8 +35,20 @@ class Rows(Protocol):
     def dtype(self) -> np.dtype[Any]:
         """Type of the values."""
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes kept in memory."""
+
+    def reading_bytes(self, k: int) -> int:
+        """Peak of reading k rows, what is returned included."""
+
     def read(self, indices: Indices) -> npt.NDArray[Any]:
         """Rows `indices`: (k, *shape), a fresh array."""
+
+
+def all_rows(rows: Rows) -> npt.NDArray[Any]:
+    """All rows, for labels: what is packed is not unpacked into a file for them."""
+    return rows.whole() if isinstance(rows, PackedRows) else rows.read(np.arange(rows.count))
 
 
 @dataclass(frozen=True)
@@ -52,54 +62,20 @@ class FileRows:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    resident_bytes = 0
+
+    def reading_bytes(self, k: int) -> int:
+        """Peak of reading k rows, what is returned included."""
+        return k * math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, indices: Indices) -> npt.NDArray[Any]:
         """Rows `indices`: (k, *shape), a fresh array."""
-        data = np.empty((len(indices), self.row_bytes), dtype=np.uint8)
+        data = np.empty((len(indices), self.reading_bytes(1)), dtype=np.uint8)
         with reading(self.path) as file:
-            for start, stop in self._runs(indices):
-                file.seek(self.offset + int(indices[start]) * self.stride)
-                if file.readinto(data[start:stop].reshape(-1).data) != (stop - start) * self.row_bytes:
-                    raise DataError(f"{self.path} ends before sample {indices[stop - 1]}; copy the file again")
+            missing = read_rows(file.fileno(), data, indices, self.offset, self.stride)
+        if missing is not None:
+            raise DataError(f"{self.path} ends before sample {missing}; copy the file again")
         return data.view(self.dtype).reshape(len(indices), *self.shape)
-
-    def _runs(self, indices: Indices) -> Iterator[tuple[int, int]]:
-        """Ranges of `indices` that lie side by side in the file, so that labels are read in one go."""
-        joined = (
-            np.diff(indices) == 1 if self.stride == self.row_bytes else np.zeros(max(len(indices) - 1, 0), np.bool_)
-        )
-        bounds = [0, *(np.flatnonzero(~joined) + 1).tolist(), len(indices)]
-        return pairwise(bounds) if len(indices) else iter(())
-
-
-@dataclass(frozen=True, eq=False)
-class MemoryRows:
-    """Rows of an array in memory, for what had to be decompressed as a whole."""
-
-    array: npt.NDArray[Any]
-
-    @property
-    def count(self) -> int:
-        """Number of rows."""
-        return len(self.array)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one row."""
-        return self.array.shape[1:]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the values."""
-        return self.array.dtype
-
-    def read(self, indices: Indices) -> npt.NDArray[Any]:
-        """Rows `indices`: (k, *shape), a fresh array."""
-        return np.asarray(self.array[indices])
 
 
 @dataclass(frozen=True)
@@ -122,6 +98,15 @@ class JoinedRows:
     def dtype(self) -> np.dtype[Any]:
         """Type of the values."""
         return self.parts[0].dtype
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes kept in memory."""
+        return sum(part.resident_bytes for part in self.parts)
+
+    def reading_bytes(self, k: int) -> int:
+        """Peak of reading k rows, what is returned included: all may lie in one part."""
+        return 2 * k * math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, indices: Indices) -> npt.NDArray[Any]:
         """Rows `indices`: (k, *shape), a fresh array."""
@@ -150,27 +135,60 @@ class ArrayDataset:
     def __len__(self) -> int:
         return self.rows.count
 
+    def __enter__(self) -> ArrayDataset:
+        """As `Dataset.__enter__`."""
+        if isinstance(self.rows, PackedRows):
+            self.rows.unpack()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """As `Dataset.__exit__`."""
+        if isinstance(self.rows, PackedRows):
+            self.rows.close()
+
+    @property
+    def resident_bytes(self) -> int:
+        """As `Dataset.resident_bytes`."""
+        return self.labels.nbytes + self.rows.resident_bytes
+
+    @property
+    def sample_bytes(self) -> int:
+        """As `Dataset.sample_bytes`."""
+        return math.prod(self.shape) * self._dtype.itemsize
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        if self.tokens:
+            return np.dtype(np.int64)
+        return self.rows.dtype if self.rows.dtype == np.uint8 else np.dtype(np.float32)
+
+    def reading_bytes(self, k: int) -> int:
+        """As `Dataset.reading_bytes`: the rows, and the samples where these are a copy."""
+        copied = self.channels_last or self.rows.dtype != self._dtype
+        return self.rows.reading_bytes(k) + copied * k * self.sample_bytes
+
     def read(self, indices: Indices) -> Samples:
         """As `Dataset.read`."""
         check_indices(indices, len(self))
         rows = self.rows.read(indices)
         if self.channels_last:
             rows = np.moveaxis(rows, -1, 1)
-        samples = rows.reshape(len(indices), *self.shape)
-        if self.tokens:
-            return samples.astype(np.int64, copy=False)
-        return samples if samples.dtype == np.uint8 else self._finite(samples, indices)
-
-    def _finite(self, samples: npt.NDArray[Any], indices: Indices) -> npt.NDArray[np.float32]:
         with np.errstate(over="ignore"):  # what overflows float32 becomes Inf and is refused below
-            floats = samples.astype(np.float32, copy=False)
-        bad = np.flatnonzero(~np.isfinite(floats).all(axis=tuple(range(1, floats.ndim))))
+            samples = np.ascontiguousarray(rows, dtype=self._dtype).reshape(len(indices), *self.shape)
+        if samples.dtype == np.float32:
+            self._check_finite(samples, indices)
+        return samples
+
+    def _check_finite(self, samples: npt.NDArray[np.float32], indices: Indices) -> None:
+        """By the extremes of each sample: NaN is passed on to both, and no mask of all values is made."""
+        axes = tuple(range(1, samples.ndim))
+        with np.errstate(invalid="ignore"):
+            bad = np.flatnonzero(~(np.isfinite(samples.max(axis=axes)) & np.isfinite(samples.min(axis=axes))))
         if len(bad):
             raise DataError(
                 f"{self.source}: sample {indices[bad[0]]} holds NaN, Inf or a value beyond float32, expected finite "
                 "numbers: correct or remove the sample"
             )
-        return floats
 
 
 def array_dataset(

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgelocal.errors import DataError
-from edgelocal.formats.base import is_junk, reading
+from edgelocal.formats.base import is_junk, names_bytes, reading
 
 _LOCAL = struct.Struct("<4s2xH18xHH")  # signature, flags, length of the name, length of the extra field
 _ENTRY = struct.Struct("<4s4xHH4xIIIHHH8xI")  # signature, flags, method, crc, packed, size, 3 lengths, offset
@@ -56,6 +56,16 @@ class ZipTree:
         last = {name: k for k, name in enumerate(names) if not any(is_junk(part) for part in name.split("/"))}
         tree = cls(path, "", tuple(last), members[list(last.values())])
         return tree.under(_wrapper(tree.names))
+
+    @property
+    def resident_bytes(self) -> int:
+        """As `Tree.resident_bytes`."""
+        return names_bytes(self.names) + self.members.nbytes
+
+    @property
+    def largest_bytes(self) -> int:
+        """As `Tree.largest_bytes`."""
+        return max(int(self.members[field].max(initial=0)) for field in ("size", "packed"))
 
     @property
     def source(self) -> str:
