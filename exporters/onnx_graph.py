@@ -6,7 +6,7 @@ graph. Weights are inputs; the only initializers are small constants, each writt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,6 +96,7 @@ class GraphBuilder:
         self.masks: list[Mask] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._numbers: dict[tuple[sympy.Expr, torch.dtype], str] = {}
+        self._results: dict[str, str] = {}
         self._batch_of = batch_of
         self._prefix = prefix
         self._count = 0
@@ -112,8 +113,11 @@ class GraphBuilder:
         return names
 
     def rename(self, inner: str, outer: str) -> None:
-        """Copy value `inner` to the graph output `outer`."""
-        self.nodes.append(helper.make_node("Identity", [inner], [outer], name=outer))
+        """Let value `inner` be the graph output `outer`: in the model, its node and its readers call it so.
+
+        A graph input, a constant, and what already is an output under another name are copied to `outer`.
+        """
+        self._results[outer] = inner
 
     def fresh(self, stem: str) -> str:
         """A name not used before."""
@@ -216,13 +220,25 @@ class GraphBuilder:
             return self.op("Pow", base, self.constant(np.asarray(int(formula.exp)).astype(NUMPY_DTYPES[dtype])))
         raise UnsupportedOperatorError("a size", f"{formula} depends on the batch in a way that is not supported")
 
+    def _named(self) -> list[onnx.NodeProto]:
+        """The nodes with the results under their outer names, then the copies."""
+        made = {name for node in self.nodes for name in node.output}
+        names: dict[str, str] = {}
+        copies = []
+        for outer, inner in self._results.items():
+            if inner in made and inner not in names:
+                names[inner] = outer
+            else:
+                copies.append(helper.make_node("Identity", [names.get(inner, inner)], [outer], name=outer))
+        return [*(_renamed(node, names) for node in self.nodes), *copies]
+
     def model(
         self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto], name: str
     ) -> onnx.ModelProto:
         """The finished model; nodes and constants that no output needs are left out."""
         needed = {o.name for o in outputs}
         kept: list[onnx.NodeProto] = []
-        for node in reversed(self.nodes):
+        for node in reversed(self._named()):
             if needed.intersection(node.output):
                 needed.update(node.input)
                 kept.append(node)
@@ -230,6 +246,17 @@ class GraphBuilder:
         graph = helper.make_graph(kept[::-1], name, list(inputs), list(outputs), initializer=constants)
         opset = [helper.make_opsetid("", OPSET)]
         return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="edgelocal")
+
+
+def _renamed(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
+    """The node with other names for some values, a copy where there are any; its own name stays."""
+    if names.keys().isdisjoint((*node.input, *node.output)):
+        return node
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = [names.get(name, name) for name in node.input]
+    copy.output[:] = [names.get(name, name) for name in node.output]
+    return copy
 
 
 def value_info(name: str, shape: Sequence[int | str], dtype: torch.dtype) -> onnx.ValueInfoProto:

@@ -1,4 +1,4 @@
-"""A block as ONNX: step.onnx by the step contract, forward.onnx and head.onnx.
+"""A block in training as ONNX: step.onnx by the step contract, and what its second form (onnx_accumulate.py) shares.
 
 The step graph does forward pass, local loss, backward pass and update. A parameter is updated as soon as its
 gradient exists, so that no graph holds all gradients; this is exact because the block sees only detached input.
@@ -6,41 +6,33 @@ gradient exists, so that no graph holds all gradients; this is exact because the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
-import onnx
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from edgelocal.errors import ExportError
-from edgelocal.exporters.blame import blame
-from edgelocal.exporters.lowering import UnsupportedOperatorError, lower
-from edgelocal.exporters.onnx_graph import GraphBuilder, Value, expression, value_info
+from edgelocal.exporters.lowering import lower
+from edgelocal.exporters.onnx_block import (
+    ExportedGraph,
+    Tensors,
+    block_trace,
+    finish,
+    mask_specs,
+    placeholders,
+    tensor_spec,
+)
+from edgelocal.exporters.onnx_graph import GraphBuilder, Value
 from edgelocal.exporters.optimizers import Optimizer
 from edgelocal.exporters.rules import LocalBlock
-from edgelocal.exporters.step import Forward, Head, LocalStep
-from edgelocal.exporters.structure import structure
-from edgelocal.exporters.trace import Batch, Traced, TraceError, trace
-from edgelocal.spec import BATCH, MaskSpec, TaskSpec, TensorSpec
+from edgelocal.exporters.step import LocalStep
+from edgelocal.exporters.trace import Traced
+from edgelocal.spec import TaskSpec, TensorSpec
 
-Shape = tuple[int | str, ...]
+__all__ = ["ExportedGraph", "GradientUse", "Updates", "metric_names", "step_graph", "target_spec", "training_graph"]
 
-
-@dataclass(frozen=True)
-class ExportedGraph:
-    """A model with its signature in graph order, and the random masks it wants."""
-
-    model: onnx.ModelProto
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    masks: tuple[MaskSpec, ...] = ()
-
-    def output(self, name: str) -> TensorSpec:
-        """The output called `name`."""
-        return next(t for t in self.outputs if t.name == name)
+STEP_COUNT = "opt/step"
 
 
 def target_spec(task: TaskSpec) -> tuple[tuple[int, ...], torch.dtype]:
@@ -49,7 +41,7 @@ def target_spec(task: TaskSpec) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def metric_names(task: TaskSpec) -> tuple[str, ...]:
-    """The metric sums a step graph returns after h and loss."""
+    """The metric sums a training graph returns after h and loss."""
     return ("absolute_error",) if task.loss == "mse" else ("correct",)
 
 
@@ -59,138 +51,129 @@ def step_graph(
     """The training step of `block` on inputs (N, *input_shape) of `dtype`.
 
     Raises:
-        ExportError: an operator of the block, or of its derivative, cannot be written as ONNX; the message names the
-            operator and the module.
+        ExportError: it cannot be written as ONNX; see `block_trace`.
+    """
+    return training_graph(block, task, input_shape, dtype, lambda builder: Updates(builder, optimizer))
+
+
+class GradientUse(Protocol):
+    """What a training graph does with the gradients of the parameters, which it calls by their bare names."""
+
+    scalars: tuple[str, ...]  # numbers it takes as graph inputs, () float32 each
+    returned: tuple[str, ...]  # kinds of the tensors that the graph returns anew
+    new: dict[str, str]  # the new value of every tensor it changes, by the tensor's name
+
+    def state(self, trained: Sequence[TensorSpec]) -> list[TensorSpec]:
+        """The tensors it keeps for the trained parameters."""
+        ...
+
+    def take(self, name: str, gradient: str) -> None:
+        """Emit what becomes of a gradient; called as soon as it exists."""
+        ...
+
+
+def training_graph(
+    block: LocalBlock,
+    task: TaskSpec,
+    input_shape: Sequence[int],
+    dtype: torch.dtype,
+    use: Callable[[GraphBuilder], GradientUse],
+) -> ExportedGraph:
+    """Forward pass, local loss and backward pass of `block`, and what `use` makes of the gradients.
+
+    Raises:
+        ExportError: it cannot be written as ONNX; see `block_trace`.
     """
     module = LocalStep(block, task).train()
     arguments = ((tuple(input_shape), dtype), target_spec(task))
-    try:
-        batch, traced = _trace(module, block, arguments, task)
-        exported = _StepWriter(block, optimizer, traced).write(("h", "loss", *metric_names(task)))
-        batch.check()
-    except (TraceError, UnsupportedOperatorError) as error:
-        raise blame(error, module, _examples(Batch(), arguments), block) from error
-    return exported
+    builder = GraphBuilder(batch_of="x")
+    gradients = use(builder)
+    with block_trace(module, block, arguments, task) as (traced, tensors):
+        values = _lower(traced, tensors, builder, gradients)
+    return _finish(traced, tensors, builder, gradients, values, metric_names(task))
 
 
-Arguments = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape of a sample, and dtype, of every input
+def _lower(traced: Traced, tensors: Tensors, builder: GraphBuilder, gradients: GradientUse) -> dict[fx.Node, Any]:
+    names = dict(zip(traced.user_inputs, ("x", "y"), strict=True)) | tensors.value_names()
+    waiting: dict[fx.Node, list[str]] = {}
+    for fqn, node in traced.gradients.items():
+        waiting.setdefault(node, []).append(_bare(tensors.parameters[traced.parameters[fqn]]).name)
 
-_TRACES: dict[Any, tuple[Batch, Traced]] = {}
-_MOST_TRACES = 16  # a network has few kinds of blocks; bounds what a long process keeps
+    def ready(node: fx.Node, gradient: Value) -> None:
+        for name in waiting.get(node, ()):
+            gradients.take(name, gradient.name)
 
-
-def _trace(module: nn.Module, block: LocalBlock, arguments: Arguments, task: TaskSpec | None) -> tuple[Batch, Traced]:
-    """Trace `module`, a view of `block`, or reuse the trace of a block of the same structure."""
-    parts = structure((block.body, block.head, block.auxiliary))
-    key = (type(module), parts, arguments, task)
-    if parts is not None and key in _TRACES:
-        return _TRACES[key]
-    batch = Batch()
-    traced = batch, trace(module, _examples(batch, arguments), batch, joint=task is not None)
-    if parts is not None:
-        while len(_TRACES) >= _MOST_TRACES:
-            del _TRACES[next(iter(_TRACES))]
-        _TRACES[key] = traced
-    return traced
+    return lower(traced.graph, builder, names, ready)
 
 
-def _examples(batch: Batch, arguments: Arguments) -> tuple[torch.Tensor, ...]:
-    return tuple(batch.tensor(shape, dtype) for shape, dtype in arguments)
+def _finish(
+    traced: Traced,
+    tensors: Tensors,
+    builder: GraphBuilder,
+    gradients: GradientUse,
+    values: Mapping[fx.Node, Value],
+    metrics: Sequence[str],
+) -> ExportedGraph:
+    loss, h, *sums = traced.user_outputs
+    outputs = {"h": h, "loss": loss, **dict(zip(metrics, sums, strict=True))}
+    trained = [_bare(tensors.parameters[traced.parameters[fqn]]) for fqn in traced.gradients]
+    state = [*tensors.parameters.values(), *gradients.state(trained), *tensors.buffers.values()]
+    # A frozen parameter, and a buffer that training leaves alone, are returned as they came.
+    new = {name: name for name in tensors.value_names().values()}
+    new |= {tensors.buffers[traced.buffers[fqn]].name: values[node].name for fqn, node in traced.new_buffers.items()}
+    new |= gradients.new
+    results = [(tensor_spec(name, node), values[node].name) for name, node in outputs.items()]
+    results += [new_tensor(t, new) for t in state if t.kind in gradients.returned]
+    data = [tensor_spec(n, placeholders(traced)[p]) for n, p in zip("xy", traced.user_inputs, strict=True)]
+    return finish(builder, [*data, *scalar_specs(gradients.scalars), *mask_specs(builder), *state], results)
 
 
-class _StepWriter:
-    """Emits one step graph; holds what its stages share."""
+def scalar_specs(names: Sequence[str]) -> list[TensorSpec]:
+    """Numbers as graph inputs."""
+    return [TensorSpec(name, (), "float32") for name in names]
 
-    def __init__(self, block: LocalBlock, optimizer: Optimizer, traced: Traced) -> None:
-        self.names = {f"block.{local}": name for local, name in block.tensor_names().items()}
-        self.optimizer = optimizer
-        self.traced = traced
-        self.builder = GraphBuilder(batch_of="x")
-        self.parameters = {fqn: self._node(p) for fqn, p in traced.parameters.items()}
-        self.buffers = {fqn: self._node(p) for fqn, p in traced.buffers.items()}
-        self.updated: dict[str, str] = {}
-        self.hyper: dict[str, str] = {}
-        self.step_count = "opt/step"
 
-    def write(self, user_outputs: Sequence[str]) -> ExportedGraph:
-        traced, builder = self.traced, self.builder
-        self._prepare_optimizer()
-        inputs = dict(zip(traced.user_inputs, ("x", "y"), strict=True))
-        inputs |= {p: f"param/{self.names[fqn]}" for fqn, p in traced.parameters.items()}
-        inputs |= {p: f"buf/{self.names[fqn]}" for fqn, p in traced.buffers.items()}
-        waiting: dict[fx.Node, list[str]] = {}
-        for fqn, node in traced.gradients.items():
-            waiting.setdefault(node, []).append(fqn)
+def new_tensor(tensor: TensorSpec, new: Mapping[str, str]) -> tuple[TensorSpec, str]:
+    """The output that holds a tensor's new value, and this value."""
+    return TensorSpec(f"new/{tensor.name}", tensor.shape, tensor.dtype), new[tensor.name]
 
-        def ready(node: fx.Node, grad: Value) -> None:
-            for fqn in waiting.get(node, ()):
-                self._update(fqn, grad.name)
 
-        values = lower(traced.graph, builder, inputs, ready)
-        named = dict(zip(user_outputs, (traced.user_outputs[i] for i in self._user_order(user_outputs)), strict=True))
-        outputs = [self._emit(name, values[node].name, _spec(name, node)) for name, node in named.items()]
-        return self._finish(outputs, values)
+def _bare(tensor: TensorSpec) -> TensorSpec:
+    """A tensor by its name in the original module."""
+    return TensorSpec(tensor.name.partition("/")[2], tensor.shape, tensor.dtype)
 
-    @staticmethod
-    def _user_order(user_outputs: Sequence[str]) -> list[int]:
-        """The traced module returns (loss, h, ...); the contract wants h first."""
-        return [1, 0, *range(2, len(user_outputs))]
 
-    def _finish(self, outputs: list[TensorSpec], values: Mapping[fx.Node, Value]) -> ExportedGraph:
-        state = self._state()
-        for tensor in state:
-            result = self.updated.get(tensor.name)
-            if result is None:
-                result = self._new_buffer(tensor.name, values)
-            new = TensorSpec(f"new/{tensor.name}", tensor.shape, tensor.dtype)
-            outputs.append(self._emit(new.name, result, new))
-        x, y = (_spec(n, self._node(p)) for n, p in zip("xy", self.traced.user_inputs, strict=True))
-        scalars = [TensorSpec(name, (), "float32") for name in ("lr", *self.optimizer.hyper)]
-        masks = [TensorSpec(m.name, _dims(m.shape), "bool") for m in self.builder.masks]
-        inputs = [x, y, *scalars, *masks, *state]
-        keeps = tuple(MaskSpec(m.name, m.keep) for m in self.builder.masks)
-        return _export(self.builder, inputs, outputs, keeps)
+class Updates:
+    """The use of gradients in a step: the optimizer's update of parameters and slots."""
 
-    def _state(self) -> list[TensorSpec]:
-        parameters = [_spec(f"param/{self.names[fqn]}", node) for fqn, node in self.parameters.items()]
-        trained = [_spec(self.names[fqn], self.parameters[fqn]) for fqn in self.traced.gradients]
-        slots = [TensorSpec(f"opt/{slot}/{t.name}", t.shape, t.dtype) for slot in self.optimizer.slots for t in trained]
-        if self.optimizer.counts_steps:
-            slots.append(TensorSpec(self.step_count, (), "float32"))
-        return [*parameters, *slots, *(_spec(f"buf/{self.names[fqn]}", node) for fqn, node in self.buffers.items())]
+    returned: tuple[str, ...] = ("param", "opt", "buf")
 
-    def _new_buffer(self, name: str, values: Mapping[fx.Node, Value]) -> str:
-        """The mutated buffer, or the tensor itself where training does not change it."""
-        by_name = {f"buf/{self.names[fqn]}": node for fqn, node in self.traced.new_buffers.items()}
-        return values[by_name[name]].name if name in by_name else name
+    def __init__(self, builder: GraphBuilder, optimizer: Optimizer) -> None:
+        self.scalars: tuple[str, ...] = ("lr", *optimizer.hyper)
+        self.new: dict[str, str] = {}
+        self._builder = builder
+        self._optimizer = optimizer
+        self._graph = _trace_update(optimizer)
+        self._hyper = list(self.scalars)
+        if optimizer.counts_steps:
+            self.new[STEP_COUNT] = builder.op("Add", STEP_COUNT, builder.scalar(1.0, torch.float32))
+            self._hyper.append(self.new[STEP_COUNT])
 
-    def _prepare_optimizer(self) -> None:
-        builder = self.builder
-        self.hyper = {name: name for name in ("lr", *self.optimizer.hyper)}
-        if self.optimizer.counts_steps:
-            self.hyper["step"] = builder.op("Add", self.step_count, builder.scalar(1.0, torch.float32))
-            self.updated[self.step_count] = self.hyper["step"]
-        self.update_graph = _trace_update(self.optimizer)
+    def state(self, trained: Sequence[TensorSpec]) -> list[TensorSpec]:
+        """opt/<slot>/<name> of a parameter's shape, and the number of updates so far if the optimizer counts them."""
+        slots = [
+            TensorSpec(f"opt/{slot}/{t.name}", t.shape, t.dtype) for slot in self._optimizer.slots for t in trained
+        ]
+        return [*slots, TensorSpec(STEP_COUNT, (), "float32")] if self._optimizer.counts_steps else slots
 
-    def _update(self, fqn: str, grad: str) -> None:
+    def take(self, name: str, gradient: str) -> None:
         """Emit the update of one parameter."""
-        name = self.names[fqn]
-        slots = {slot: f"opt/{slot}/{name}" for slot in self.optimizer.slots}
-        arguments = [f"param/{name}", grad, *slots.values(), *self.hyper.values()]
-        placeholders = [n.name for n in self.update_graph.nodes if n.op == "placeholder"]
-        values = lower(self.update_graph, self.builder, dict(zip(placeholders, arguments, strict=True)))
-        results = next(n for n in self.update_graph.nodes if n.op == "output").args[0]
-        for target, node in zip([f"param/{name}", *slots.values()], results, strict=True):
-            self.updated[target] = values[node].name
-
-    def _emit(self, name: str, value: str, spec: TensorSpec) -> TensorSpec:
-        self.builder.rename(value, name)
-        return spec
-
-    def _node(self, placeholder: str) -> fx.Node:
-        nodes = self.traced.graph.nodes
-        found: fx.Node = next(n for n in nodes if n.op == "placeholder" and n.name == placeholder)
-        return found
+        changed = [f"param/{name}", *(f"opt/{slot}/{name}" for slot in self._optimizer.slots)]
+        arguments = [changed[0], gradient, *changed[1:], *self._hyper]
+        places = [n.name for n in self._graph.nodes if n.op == "placeholder"]
+        values = lower(self._graph, self._builder, dict(zip(places, arguments, strict=True)))
+        results = next(n for n in self._graph.nodes if n.op == "output").args[0]
+        self.new |= {target: values[node].name for target, node in zip(changed, results, strict=True)}
 
 
 def _trace_update(optimizer: Optimizer) -> fx.Graph:
@@ -206,68 +189,3 @@ def _trace_update(optimizer: Optimizer) -> fx.Graph:
 
     graph: fx.Graph = make_fx(update, tracing_mode="fake")(*(torch.ones(()) for _ in range(count + len(names)))).graph
     return graph
-
-
-def forward_graph(block: LocalBlock, input_shape: Sequence[int], dtype: torch.dtype) -> ExportedGraph:
-    """The block in inference mode: x (N, *input_shape) -> h."""
-    return _inference_graph(block, Forward(block), "x", "h", input_shape, dtype)
-
-
-def head_graph(block: LocalBlock, output_shape: Sequence[int]) -> ExportedGraph:
-    """The block's auxiliary network in inference mode: h (N, *output_shape) -> logits."""
-    return _inference_graph(block, Head(block), "h", "logits", output_shape, torch.float32)
-
-
-def _inference_graph(
-    block: LocalBlock, module: nn.Module, source: str, result: str, shape: Sequence[int], dtype: torch.dtype
-) -> ExportedGraph:
-    names = {f"block.{local}": name for local, name in block.tensor_names().items()}
-    arguments = ((tuple(shape), dtype),)
-    # A prefix of its own keeps the names of several blocks apart when they are joined into one model.
-    builder = GraphBuilder(batch_of=source, prefix=f"{block.name}/{result}/")
-    module = module.eval()
-    try:
-        with torch.no_grad():
-            batch, traced = _trace(module, block, arguments, None)
-        inputs = {traced.user_inputs[0]: source}
-        inputs |= {p: f"param/{names[fqn]}" for fqn, p in traced.parameters.items()}
-        inputs |= {p: f"buf/{names[fqn]}" for fqn, p in traced.buffers.items()}
-        values = lower(traced.graph, builder, inputs)
-        batch.check()
-    except (TraceError, UnsupportedOperatorError) as error:
-        raise blame(error, module, _examples(Batch(), arguments), block) from error
-    placeholders = {n.name: n for n in traced.graph.nodes if n.op == "placeholder"}
-    output = traced.user_outputs[0]
-    builder.rename(values[output].name, result)
-    used = {name for node in builder.nodes for name in node.input}
-    specs = [_spec(name, placeholders[p]) for p, name in inputs.items() if name == source or name in used]
-    return _export(builder, specs, [_spec(result, output)], ())
-
-
-def _export(
-    builder: GraphBuilder, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], masks: tuple[MaskSpec, ...]
-) -> ExportedGraph:
-    model = builder.model([_info(t) for t in inputs], [_info(t) for t in outputs], "edgelocal")
-    return ExportedGraph(model, tuple(inputs), tuple(outputs), masks)
-
-
-def _info(tensor: TensorSpec) -> onnx.ValueInfoProto:
-    return value_info(tensor.name, tensor.shape, getattr(torch, tensor.dtype))
-
-
-def _spec(name: str, node: fx.Node) -> TensorSpec:
-    fake = node.meta["val"]
-    dtype = str(fake.dtype).removeprefix("torch.")
-    if dtype not in ("float32", "int64", "bool"):
-        raise ExportError(f"tensor {name} has dtype {dtype}; a bundle holds float32, int64 and bool")
-    return TensorSpec(name, _dims(fake.shape), dtype)
-
-
-def _dims(shape: Sequence[int | torch.SymInt]) -> Shape:
-    dims: list[int | str] = []
-    for size in shape:
-        formula = expression(size)
-        if formula.free_symbols and not formula.is_Symbol:
-            raise ExportError(f"a tensor of shape {tuple(shape)} is not one row a sample; blocks pass (N, ...) tensors")
-        dims.append(BATCH if formula.free_symbols else int(size))
-    return tuple(dims)

@@ -16,7 +16,8 @@ from edgelocal import __version__
 from edgelocal.bundle import MANIFEST
 from edgelocal.errors import BundleError, ExportError, UsageError
 from edgelocal.exporters.guest import guest, network_errors
-from edgelocal.exporters.onnx_step import ExportedGraph, forward_graph, head_graph, step_graph
+from edgelocal.exporters.onnx_inference import forward_graph, head_graph
+from edgelocal.exporters.onnx_step import ExportedGraph, step_graph
 from edgelocal.exporters.partition import partition
 from edgelocal.exporters.request import ExportRequest
 from edgelocal.exporters.rules import LocalBlock, build_blocks

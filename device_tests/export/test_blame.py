@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from device_tests.export.helpers import Function
 from edgelocal.errors import ExportError
-from edgelocal.exporters.onnx_step import forward_graph, head_graph, step_graph
+from edgelocal.exporters.onnx_inference import forward_graph, head_graph
+from edgelocal.exporters.onnx_step import step_graph
 from edgelocal.exporters.optimizers import sgd
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.structure import structure
