@@ -93,10 +93,11 @@ def _convolution_backward(
 ) -> tuple[str | None, ...]:
     g = _geometry(x, stride, padding, dilation, groups)
     dx = dw = db = None
-    if wanted[0]:
-        dx = _transposed_input_gradient(b, grad, weight, g) if transposed else _input_gradient(b, grad, x, weight, g)
+    # The weight's gradient first: its workspace is large, and the input's gradient would have to wait beside it.
     if wanted[1]:
         dw = weight_gradient(b, grad, x, weight, g) if transposed else weight_gradient(b, x, grad, weight, g)
+    if wanted[0]:
+        dx = _transposed_input_gradient(b, grad, weight, g) if transposed else _input_gradient(b, grad, x, weight, g)
     if wanted[2]:
         db = b.reduce("ReduceSum", grad.name, [0, *range(2, grad.rank)])
     return dx, dw, db
@@ -155,77 +156,104 @@ def weight_gradient(b: GraphBuilder, x: Value, grad: Value, weight: Value, g: Ge
         raise UnsupportedOperatorError("aten.convolution_backward", "an input without spatial axes")
     out, channels, *kernel = weight.static(*range(weight.rank))
     merged = g.groups == 1 and out * channels >= MERGE_FROM
-    depthwise = channels == 1 and out == g.groups
-    lines = _Lines.of(b, x, grad, kernel, g, merged)
-    taps = [_tap(b, lines, offset, merged, depthwise) for offset in itertools.product(*(range(k) for k in kernel))]
-    stacked = (
-        taps[0] if len(taps) == 1 else b.op("Concat", *(b.op("Unsqueeze", t, b.ints([-1])) for t in taps), axis=-1)
-    )
+    form = _Form(x, grad, kernel, g, merged, depthwise=channels == 1 and out == g.groups)
+    taps: dict[tuple[int, ...], str] = {}
+    lines = ""
+    for phase in itertools.product(*(range(s) for s in g.stride)):
+        shifts = form.shifts(phase)
+        if not shifts:
+            continue
+        plane = form.plane(b, phase)
+        # After the plane, whose own temporaries are freed by then.
+        lines = lines or form.lines(b)
+        taps |= {offset: form.tap(b, lines, plane, shift) for offset, shift in shifts.items()}
+    ordered = [taps[offset] for offset in itertools.product(*(range(k) for k in kernel))]
+    stacked = ordered[0]
+    if len(ordered) > 1:
+        stacked = b.op("Concat", *(b.op("Unsqueeze", t, b.ints([-1])) for t in ordered), axis=-1)
     return b.reshape(stacked, [out, channels, *kernel])
 
 
-class _Lines(NamedTuple):
+class _Form:
     """Input and output gradient laid out so that a tap of one meets the other.
 
-    `x` is the padded input: flattened (batch, groups..., line) if `row_strides` is set, else with its spatial axes.
-    `grad` is (N, G, O/G, L), or (O, N*L) if merged.
+    Along every axis the input falls into as many planes (phases) as the stride; within a plane every tap is a shift.
+    The planes are padded to the size of the output plus the largest shift and flattened, the gradient is padded to the
+    same width, so that each tap is one contiguous piece of a plane.
     """
 
-    x: str
-    grad: str
-    lead: tuple[int, ...]  # leading axes of x for the product, -1 for the batch
-    row_strides: tuple[int, ...] | None
-    length: int
-    out_sizes: tuple[int, ...]
-    geometry: Geometry
-
-    @classmethod
-    def of(cls, b: GraphBuilder, x: Value, grad: Value, kernel: Sequence[int], g: Geometry, merged: bool) -> _Lines:
-        sizes, outs = x.static(*range(2, x.rank)), grad.static(*range(2, grad.rank))
-        channels, filters = x.static(1)[0], grad.static(1)[0]
-        flat = set(g.stride) == {1}
-        padded = [s + 2 * p for s, p in zip(sizes, g.padding, strict=True)]
+    def __init__(
+        self, x: Value, grad: Value, kernel: Sequence[int], g: Geometry, merged: bool, *, depthwise: bool
+    ) -> None:
+        self.x, self.grad, self.kernel, self.g = x, grad, kernel, g
+        self.merged, self.depthwise = merged, depthwise
+        self.sizes = x.static(*range(2, x.rank))
+        self.outs = grad.static(*range(2, grad.rank))
+        self.channels, self.filters = x.static(1)[0], grad.static(1)[0]
+        reach = [(k - 1) * d // s for k, d, s in zip(kernel, g.dilation, g.stride, strict=True)]
+        self.widths = [out + r for out, r in zip(self.outs, reach, strict=True)]
+        self.length = self.outs[0] * math.prod(self.widths[1:])
         # The last taps of a flattened map run past its end when they are shifted along a later axis.
-        spill = int(flat and any(k > 1 for k in kernel[1:]))
-        source, target = x.name, grad.name
-        if merged:
-            swap = [1, 0, *range(2, x.rank)]
-            source, target = b.op("Transpose", source, perm=swap), b.op("Transpose", target, perm=swap)
-        after = [g.padding[0] + spill, *g.padding[1:]]
-        source = b.pad(source, [0, 0, *g.padding], [0, 0, *after])
-        lead = (channels, -1) if merged else (-1, g.groups, channels // g.groups)
-        strides: tuple[int, ...] | None = None
-        length = math.prod(outs)
-        if flat:
-            widths = [outs[0], *padded[1:]]
-            target = b.pad(target, [0] * x.rank, [0, 0, 0, *(w - o for w, o in zip(widths[1:], outs[1:], strict=True))])
-            length = math.prod(widths)
-            strides = tuple(math.prod(padded[i + 1 :]) for i in range(len(padded)))
-            line = (padded[0] + spill) * strides[0]
-            source = b.op("Reshape", source, b.ints([*lead, line]))
-        shape = [filters, -1] if merged else [-1, g.groups, filters // g.groups, length]
-        return cls(source, b.op("Reshape", target, b.ints(shape)), lead, strides, length, outs, g)
+        self.spill = int(any(reach[1:]))
+        self.line = (self.widths[0] + self.spill) * math.prod(self.widths[1:])
 
+    def shifts(self, phase: tuple[int, ...]) -> dict[tuple[int, ...], int]:
+        """Kernel offset -> shift along the line, of the taps that meet the plane of this phase."""
+        pitches = [math.prod(self.widths[i + 1 :]) for i in range(len(self.widths))]
+        found = {}
+        for offset in itertools.product(*(range(k) for k in self.kernel)):
+            places = [o * d for o, d in zip(offset, self.g.dilation, strict=True)]
+            steps = [divmod(p, s) for p, s in zip(places, self.g.stride, strict=True)]
+            if tuple(rest for _, rest in steps) == phase:
+                found[offset] = sum(step * pitch for (step, _), pitch in zip(steps, pitches, strict=True))
+        return found
 
-def _tap(b: GraphBuilder, lines: _Lines, offset: Sequence[int], merged: bool, depthwise: bool) -> str:
-    """The gradient of one kernel element for all channel pairs: (O, C), or (G, O/G, C/G)."""
-    window = _window(b, lines, offset, merged)
-    if merged:
-        return b.op("Gemm", lines.grad, b.op("Reshape", window, b.ints([lines.lead[0], -1])), transB=1)
-    if depthwise:
-        return b.reduce("ReduceSum", b.op("Mul", lines.grad, window), [0, 3])
-    product = b.op("MatMul", lines.grad, b.op("Transpose", window, perm=[0, 1, 3, 2]))
-    return b.reduce("ReduceSum", product, [0])
+    def plane(self, b: GraphBuilder, phase: tuple[int, ...]) -> str:
+        """The input's plane: (N, G, line, C/G), (N, G, C/G, line) for depthwise, (C, N, line) if merged."""
+        starts, counts, before = [], [], []
+        for size, width, place, pad, stride in zip(
+            self.sizes, self.widths, phase, self.g.padding, self.g.stride, strict=True
+        ):
+            start = (place - pad) % stride
+            lead = (start - place + pad) // stride
+            starts.append(start)
+            before.append(lead)
+            counts.append(max(0, min(-(-(size - start) // stride), width - lead)))
+        axes = list(range(2, self.x.rank))
+        ends = [start + (n - 1) * s + 1 for start, n, s in zip(starts, counts, self.g.stride, strict=True)]
+        name = self.x.name
+        if (starts, ends) != ([0] * len(axes), list(self.sizes)) or set(self.g.stride) != {1}:
+            name = b.slice(name, starts, ends, axes, list(self.g.stride))
+        if self.merged:
+            name = b.op("Transpose", name, perm=[1, 0, *axes])
+        after = [w - lead - n for w, lead, n in zip(self.widths, before, counts, strict=True)]
+        after[0] += self.spill
+        name = b.pad(name, [0, 0, *before], [0, 0, *after])
+        if self.merged:
+            return b.op("Reshape", name, b.ints([self.channels, -1, self.line]))
+        groups = self.g.groups
+        name = b.op("Reshape", name, b.ints([-1, groups, self.channels // groups, self.line]))
+        return name if self.depthwise else b.op("Transpose", name, perm=[0, 1, 3, 2])
 
+    def lines(self, b: GraphBuilder) -> str:
+        """The output gradient on the same lines: (N, G, O/G, L), or (O, N*L) if merged."""
+        name = self.grad.name
+        if self.merged:
+            name = b.op("Transpose", name, perm=[1, 0, *range(2, self.grad.rank)])
+        wider = [w - o for w, o in zip(self.widths[1:], self.outs[1:], strict=True)]
+        name = b.pad(name, [0] * self.grad.rank, [0, 0, 0, *wider])
+        groups = self.g.groups
+        shape = [self.filters, -1] if self.merged else [-1, groups, self.filters // groups, self.length]
+        return b.op("Reshape", name, b.ints(shape))
 
-def _window(b: GraphBuilder, lines: _Lines, offset: Sequence[int], merged: bool) -> str:
-    g = lines.geometry
-    starts = [o * d for o, d in zip(offset, g.dilation, strict=True)]
-    if lines.row_strides is not None:
-        start = sum(s * r for s, r in zip(starts, lines.row_strides, strict=True))
-        axis = len(lines.lead)
-        return b.slice(lines.x, [start], [start + lines.length], [axis])
-    ends = [s + (n - 1) * step + 1 for s, n, step in zip(starts, lines.out_sizes, g.stride, strict=True)]
-    axes = list(range(2, 2 + len(starts)))
-    window = b.slice(lines.x, starts, ends, axes, list(g.stride))
-    return b.op("Reshape", window, b.ints([*lines.lead, lines.length]))
+    def tap(self, b: GraphBuilder, lines: str, plane: str, shift: int) -> str:
+        """The gradient of one kernel element for all channel pairs: (O, C), or (G, O/G, C/G)."""
+        axis = 2 if self.merged or not self.depthwise else 3
+        window = plane
+        if self.line != self.length:
+            window = b.slice(plane, [shift], [shift + self.length], [axis])
+        if self.merged:
+            return b.op("Gemm", lines, b.op("Reshape", window, b.ints([self.channels, -1])), transB=1)
+        if self.depthwise:
+            return b.reduce("ReduceSum", b.op("Mul", lines, window), [0, 3])
+        return b.reduce("ReduceSum", b.op("MatMul", lines, window), [0])
