@@ -1,0 +1,79 @@
+"""What a benchmark asks of a worker process and what the worker answers: plain values, no PyTorch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from edgelocal.errors import UsageError
+
+LEAST_BATCH = 2  # batch norm has no variance over one sample
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training task to measure. `input` is the text of --input; `steps` are timed, warm-up steps come on top."""
+
+    network: str
+    input: str = "3x32x32"
+    classes: int = 10
+    batch: int = 128
+    steps: int = 10
+    threads: int = 2
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise UsageError for the first value out of range."""
+        for name, found, least in (
+            ("batch", self.batch, LEAST_BATCH),
+            ("steps", self.steps, 1),
+            ("threads", self.threads, 1),
+            ("seed", self.seed, 0),
+        ):
+            if found < least:
+                raise UsageError(f"--{name} is {found}, expected at least {least}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one worker process measured of one variant.
+
+    Bytes are resident memory: `idle_bytes` with the libraries loaded and one trivial operation done, before the network
+    is built; `process_peak_bytes` the highest from then on, over building, warm-up and timed steps;
+    `working_set_bytes` the difference. `step_s` are the seconds of each timed step, `time_per_sample_s` their median
+    over the batch. `segments` is 0 without checkpointing, `parameters` a number of elements, `loss` that of the first
+    step (a warm-up) and of the last.
+    """
+
+    variant: str
+    network: str
+    batch: int
+    segments: int
+    idle_bytes: int
+    working_set_bytes: int
+    process_peak_bytes: int
+    step_s: tuple[float, ...]
+    time_per_sample_s: float
+    parameters: int
+    loss: tuple[float, ...]
+
+
+def combine(rounds: Sequence[Measurement]) -> Measurement:
+    """One variant over its rounds (at least one): medians of the bytes, and of the time over the steps of all rounds.
+
+    The loss is that of the first round. Since each is a median of its own, working set and idle need not add up to the
+    peak.
+    """
+    first = rounds[0]
+    kinds = {(r.variant, r.network, r.batch, r.segments) for r in rounds}
+    assert len(kinds) == 1, f"rounds of different variants: {sorted(kinds)}"
+    step_s = tuple(s for r in rounds for s in r.step_s)
+    return replace(
+        first,
+        idle_bytes=int(statistics.median(r.idle_bytes for r in rounds)),
+        working_set_bytes=int(statistics.median(r.working_set_bytes for r in rounds)),
+        process_peak_bytes=int(statistics.median(r.process_peak_bytes for r in rounds)),
+        step_s=step_s,
+        time_per_sample_s=statistics.median(step_s) / first.batch,
+    )
