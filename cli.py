@@ -208,9 +208,23 @@ def verify(bundle: Path, as_json: bool) -> None:
     show_default=True,
     help="Every batch through all blocks, or one block after the other.",
 )
-@click.option("--cache", is_flag=True, help="Sequential: keep outputs of frozen blocks on disk.")
+@click.option(
+    "--cache",
+    type=click.Choice(["off", "auto", "float32", "float16"]),
+    default="off",
+    show_default=True,
+    help="Sequential: keep outputs of frozen blocks on disk.",
+)
 @click.option("--augment/--no-augment", default=True, show_default=True, help="As the bundle says.")
 @click.option("--memory-budget", help="Bytes the process may hold: 256MiB, 1.5GB, 60%, auto.  [default: no limit]")
+@click.option("--micro-batch", type=click.IntRange(min=1), help="Samples at a time.  [default: what fits the budget]")
+@click.option(
+    "--on-oom",
+    type=click.Choice(["stop", "replan"]),
+    default="stop",
+    show_default=True,
+    help="Memory runs out: stop with exit code 3, or halve the micro-batches and go on from the last commit.",
+)
 @click.option(
     "--resume",
     type=click.Choice(["auto", "never", "must"]),
@@ -227,13 +241,14 @@ def verify(bundle: Path, as_json: bool) -> None:
 @_json_option
 def train(as_json: bool, **options: Any) -> None:
     """Train BUNDLE block by block into a run folder. The same command continues an interrupted run."""
-    from edgelocal.progress import Display, closing_line, report_table
+    from edgelocal.progress import Display
+    from edgelocal.report.terminal import closing_lines, report_table
     from edgelocal.signals import stop_signals
     from edgelocal.training import make_request, train
 
     with stop_signals() as stop:
         report = train(make_request(**options), Display(error_console()), stop)
-        _emit(report, as_json, report_table(report), closing_line(report))
+        _emit(report, as_json, report_table(report), closing_lines(report))
 
 
 @main.command("eval", short_help="Measure RUN, at its end and at every exit.")
@@ -265,6 +280,24 @@ def finish(run: Path, out: Path, exit_block: int | None, bundle: Path | None, as
     _emit(result, as_json, finish_text(result), *(f"note: {note}" for note in result["notes"]))
 
 
+@main.command(short_help="What RUN reached and measured: tables, a page, JSON.")
+@click.argument("run", type=FOLDER)
+@click.option(
+    "--html", type=FOLDER, help="Also write a page with charts to this file; it needs nothing else to be read."
+)
+@_json_option
+def report(run: Path, html: Path | None, as_json: bool) -> None:
+    """Show what RUN reached, and what was measured beside what was planned."""
+    from edgelocal.report.load import load_report
+    from edgelocal.report.page import write_page
+    from edgelocal.report.terminal import closing_lines, report_table
+
+    result = load_report(run)
+    if html is not None:
+        write_page(result, html)
+    _emit(result, as_json, report_table(result), closing_lines(result), *([f"wrote {html}"] if html else []))
+
+
 @main.command(short_help="This machine, this installation, what to mend.")
 @_json_option
 def doctor(as_json: bool) -> None:
@@ -285,7 +318,7 @@ def doctor(as_json: bool) -> None:
 @_json_option
 def demo(out: Path, memory_budget: str, as_json: bool) -> None:
     """Train a small ResNet on handwritten digits, from export to the finished model."""
-    from edgelocal.progress import report_table
+    from edgelocal.report.terminal import report_table
 
     _need_export_extra()
     from edgelocal.exporters.demo import run_demo

@@ -1,82 +1,200 @@
-"""A block on the device: its state, and the graphs that run on it."""
+"""A block on the device: its state, and the steps and passes that run on it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from edgelocal.augment import bernoulli_mask
 from edgelocal.bundle import Bundle
-from edgelocal.errors import DivergedError
-from edgelocal.session import Graph, Tensor
-from edgelocal.spec import BlockSpec
+from edgelocal.errors import DivergedError, UsageError
+from edgelocal.graphs import GraphPool
+from edgelocal.pages import PageFile
+from edgelocal.session import Tensor
+from edgelocal.spec import BlockSpec, GraphSpec, MaskSpec
 from edgelocal.tensors import Array
+
+Values = Mapping[str, Tensor]
 
 
 class Block:
-    """State (parameters, optimizer slots, buffers) of one block, and its step, forward and head graphs.
+    """State (parameters, optimizer slots, buffers) of one block; its graphs come from a pool when they are used.
 
-    Graphs are loaded when they are first used; `release` drops them. The state is kept until the process ends.
+    With a `page` folder the state waits on disk whenever the block does not work.
 
     Raises:
         BundleError: the weights are not what the manifest says.
     """
 
-    def __init__(self, bundle: Bundle, index: int, threads: int, state: Mapping[str, Array] | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        index: int,
+        graphs: GraphPool,
+        state: Mapping[str, Array] | None = None,
+        page: Path | None = None,
+    ) -> None:
         self.bundle = bundle
         self.index = index
         self.spec: BlockSpec = bundle.manifest.blocks[index]
-        self._threads = threads
-        self._graphs: dict[str, Graph] = {}
-        self._state = {name: Tensor.of(array) for name, array in (state or self._initial()).items()}
+        self._graphs = graphs
+        arrays = state or self._initial()
+        self._page = PageFile(page / f"state-{self.spec.name}", self.spec.state()) if page else None
+        self._state: dict[str, Tensor] = {}
+        if self._page is None:
+            # A copy: a step writes over the state, and these may be views of a file's bytes.
+            self._state = {name: Tensor(np.array(array, order="C")) for name, array in arrays.items()}
+        else:
+            self._page.write(arrays)
 
-    def step(self, x: Tensor, y: Tensor, hyper: Mapping[str, float], seed: int, number: int) -> StepResult:
+    @property
+    def paged_bytes(self) -> int:
+        """Bytes read from and written to the page file so far."""
+        return self._page.moved_bytes if self._page else 0
+
+    def step(
+        self,
+        x: Tensor,
+        y: Tensor,
+        hyper: Mapping[str, float],
+        seed: int,
+        number: int,
+        micro_batch: int | None = None,
+        *,
+        release: bool = False,
+    ) -> StepResult:
         """One training step on a batch: forward, local loss, backward, update.
 
         Args:
             hyper: `lr` and the optimizer's hyper-parameters.
             number: the step's number in the run; with `seed` it fixes the random masks.
+            micro_batch: samples at a time; their gradients add up to those of the batch.
+            release: whether the runtime gives its working memory back afterwards.
 
         Raises:
-            DivergedError: the loss is not finite; the state is that before the step.
+            DivergedError: the loss is not finite; the state is not to be used any more.
+            BudgetError: no memory; the state is not to be used any more.
         """
-        graph = self._graph("step")
-        feeds = {"x": x, "y": y, **self._state}
-        feeds |= {name: Tensor.of(np.asarray(value, dtype=np.float32)) for name, value in hyper.items()}
-        feeds |= self._masks(graph, x.batch, seed, number)
-        results = graph.run(feeds)
-        loss = results["loss"].item()
-        if not math.isfinite(loss):
+        state = self._load()
+        masks = self._masks(x.batch, seed, number)
+        if micro_batch is None or micro_batch >= x.batch:
+            result = self._whole(x, y, hyper, masks, state, release)
+        else:
+            result = self._in_parts(x, y, hyper, masks, state, micro_batch, release)
+        if not math.isfinite(result.loss):
             raise DivergedError(
-                f"block {self.spec.name}: the loss became {loss} at step {number + 1}; the last checkpoint is kept. "
-                "Use a smaller --lr or a warm-up"
+                f"block {self.spec.name}: the loss became {result.loss} at step {number + 1}; the last checkpoint is "
+                "kept. Use a smaller --lr or a warm-up"
             )
-        self._state = {name: results[f"new/{name}"] for name in self._state}
-        return StepResult(results["h"], loss, results[graph.spec.outputs[2].name].item())
+        self._store(state)
+        return result
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, release: bool = False) -> Tensor:
         """The block's output in inference mode."""
-        return self._graph("forward").run({"x": x, **self._state})["h"]
+        return self._infer(self.spec.forward, x, release)
 
     def head(self, h: Tensor) -> Tensor:
         """Logits of the auxiliary network for the block's output; the last block's output are the logits."""
-        if self.spec.head is None:
-            return h
-        return self._graph("head").run({"h": h, **self._state})["logits"]
+        return h if self.spec.head is None else self._infer(self.spec.head, h, False)
 
     def state(self) -> dict[str, Array]:
-        """The state as arrays, by graph input name."""
-        return {name: tensor.array() for name, tensor in self._state.items()}
+        """The state as arrays, by graph input name; they change with the next step."""
+        return {name: tensor.array() for name, tensor in self._load().items()}
 
-    def state_bytes(self) -> int:
-        """Size of the state."""
-        return sum(a.nbytes for a in self.state().values())
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        """Set the state, after a step that failed."""
+        self._store({name: Tensor(np.array(array, order="C")) for name, array in arrays.items()})
 
     def release(self) -> None:
-        """Drop the loaded graphs and what memory they hold."""
-        self._graphs.clear()
+        """Drop the graphs and what memory they hold."""
+        self._graphs.release()
+
+    def close(self) -> None:
+        """Remove the page file."""
+        if self._page is not None:
+            self._page.remove()
+
+    def _whole(
+        self, x: Tensor, y: Tensor, hyper: Mapping[str, float], masks: Values, state: dict[str, Tensor], release: bool
+    ) -> StepResult:
+        spec = self.spec.step
+        results = self._run(spec, {"x": x, "y": y, **_scalars(hyper), **masks}, state, {}, release)
+        kept = frozenset(f"new/{name}" for name in spec.in_place or ())
+        written = sum(t.array().nbytes for name, t in results.items() if name not in kept)
+        return StepResult(results["h"], results["loss"].item(), results[spec.outputs[2].name].item(), written)
+
+    def _in_parts(
+        self,
+        x: Tensor,
+        y: Tensor,
+        hyper: Mapping[str, float],
+        masks: Values,
+        state: dict[str, Tensor],
+        micro_batch: int,
+        release: bool,
+    ) -> StepResult:
+        """Gradients of micro-batches add up, weighted by their share of the samples; then one update."""
+        second = self.spec.accumulation
+        if second is None:
+            raise UsageError("this bundle cannot accumulate gradients: export it again, or give a smaller --batch")
+        sums = {t.name: Tensor(np.zeros(t.resolve(1), t.dtype)) for t in second.gradient.inputs if t.kind == "acc"}
+        state |= sums
+        h = Tensor.empty(second.gradient.outputs[0].resolve(x.batch), second.gradient.outputs[0].dtype)
+        loss = metric = 0.0
+        for start in range(0, x.batch, micro_batch):
+            stop = min(start + micro_batch, x.batch)
+            share = (stop - start) / x.batch
+            feeds = {"x": x.rows(start, stop), "y": y.rows(start, stop), **_scalars({"share": share})}
+            feeds |= {name: mask.rows(start, stop) for name, mask in masks.items()}
+            results = self._run(second.gradient, feeds, state, {"h": h.rows(start, stop)}, release)
+            loss += share * results["loss"].item()
+            metric += results[second.gradient.outputs[2].name].item()
+        self._run(second.apply, _scalars(hyper), state, {}, release)
+        for name in sums:
+            del state[name]
+        written = h.array().nbytes + sum(t.array().nbytes for t in sums.values())
+        return StepResult(h, loss, metric, written)
+
+    def _run(
+        self, spec: GraphSpec, feeds: Values, state: dict[str, Tensor], given: Values, release: bool
+    ) -> dict[str, Tensor]:
+        """Run a graph and put the new state into `state`; `given` is memory for some of the outputs."""
+        inputs = [feeds[t.name] if t.name in feeds else state[t.name] for t in spec.inputs]
+        batch = feeds["x"].batch if "x" in feeds else 1
+        safe = frozenset(f"new/{name}" for name in spec.in_place or ())
+        results: dict[str, Tensor] = {}
+        for tensor in spec.outputs:
+            old = tensor.name.removeprefix("new/")
+            if tensor.name in given:
+                results[tensor.name] = given[tensor.name]
+            elif tensor.name in safe:
+                results[tensor.name] = state[old]
+            else:
+                results[tensor.name] = Tensor.empty(tensor.resolve(batch), tensor.dtype)
+        self._graphs.get(spec).run(inputs, list(results.values()), release=release)
+        state |= {n.removeprefix("new/"): value for n, value in results.items() if n.startswith("new/")}
+        return results
+
+    def _infer(self, spec: GraphSpec, x: Tensor, release: bool) -> Tensor:
+        state = self._load()
+        inputs = [x, *(state[t.name] for t in spec.inputs[1:])]
+        output = Tensor.empty(spec.outputs[0].resolve(x.batch), spec.outputs[0].dtype)
+        self._graphs.get(spec).run(inputs, [output], release=release)
+        return output
+
+    def _load(self) -> dict[str, Tensor]:
+        if self._page is None:
+            return dict(self._state)
+        return {name: Tensor(array) for name, array in self._page.read().items()}
+
+    def _store(self, state: dict[str, Tensor]) -> None:
+        if self._page is None:
+            self._state = state
+        else:
+            self._page.write({name: tensor.array() for name, tensor in state.items()})
 
     def _initial(self) -> dict[str, Array]:
         weights = self.bundle.weights(self.spec)
@@ -85,25 +203,25 @@ class Block:
             for t in self.spec.state()
         }
 
-    def _graph(self, kind: str) -> Graph:
-        if kind not in self._graphs:
-            spec = {"step": self.spec.step, "forward": self.spec.forward, "head": self.spec.head}[kind]
-            assert spec is not None, "head() has asked before"
-            self._graphs[kind] = Graph(spec, self.bundle.read(spec.file), self._threads)
-        return self._graphs[kind]
+    def _masks(self, batch: int, seed: int, number: int) -> dict[str, Tensor]:
+        shapes = {t.name: t.resolve(batch) for t in self.spec.step.inputs if t.kind == "rand"}
 
-    def _masks(self, graph: Graph, batch: int, seed: int, number: int) -> dict[str, Tensor]:
-        shapes = {t.name: t.resolve(batch) for t in graph.spec.inputs}
-        return {
-            mask.name: Tensor.of(bernoulli_mask(shapes[mask.name], mask.keep, seed, number, self.index << 16 | i))
-            for i, mask in enumerate(self.spec.masks)
-        }
+        def mask(index: int, spec: MaskSpec) -> Tensor:
+            return Tensor.of(bernoulli_mask(shapes[spec.name], spec.keep, seed, number, self.index << 16 | index))
+
+        return {spec.name: mask(index, spec) for index, spec in enumerate(self.spec.masks)}
+
+
+def _scalars(values: Mapping[str, float]) -> dict[str, Tensor]:
+    return {name: Tensor(np.asarray(value, dtype=np.float32)) for name, value in values.items()}
 
 
 class StepResult:
-    """Output for the next block, mean local loss, and the metric sum of the batch."""
+    """Output for the next block, mean local loss, the metric sum of the batch, and the bytes of what the step wrote
+    outside of the runtime's own memory."""
 
-    def __init__(self, h: Tensor, loss: float, metric: float) -> None:
+    def __init__(self, h: Tensor, loss: float, metric: float, written_bytes: int) -> None:
         self.h = h
         self.loss = loss
         self.metric = metric
+        self.written_bytes = written_bytes

@@ -20,6 +20,7 @@ from edgelocal.errors import StorageError, UsageError
 from edgelocal.formats.base import Indices
 from edgelocal.formats.row_io import read_rows, reserve, write_rows
 from edgelocal.session import Tensor
+from edgelocal.spec import Manifest
 from edgelocal.tensors import Array
 
 Inputs = Callable[[Indices], Tensor]
@@ -114,6 +115,15 @@ class OutputCache:
         with storage_errors(self._path, DISK, "writing the cache"):
             write_rows(self._file.fileno(), rows, indices)
         self.written_bytes += rows.nbytes
+
+
+def cache_precision(manifest: Manifest, samples: int, free_bytes: int) -> str:
+    """The precision in which the outputs of any block, two of them at a time, take at most half of the free disk."""
+    largest = max(math.prod(block.forward.outputs[0].resolve(1)) for block in manifest.blocks)
+    for dtype in DTYPES:
+        if 2 * samples * largest * np.dtype(dtype).itemsize <= free_bytes // 2:
+            return dtype
+    return "off"
 
 
 def _through(blocks: Sequence[Block], h: Tensor) -> Tensor:

@@ -12,22 +12,24 @@ from typing import Any
 from edgelocal.config import TrainConfig
 from edgelocal.decode import DecodeError, decode, expect
 from edgelocal.errors import CheckpointError
+from edgelocal.measures import BlockMeasures
 from edgelocal.scores import Score
 from edgelocal.spec import Manifest
 from edgelocal.state import TrainingState
 from edgelocal.tensors import Array
-from edgelocal.trainer import BlockMeasures, Position, Trainer, stages
+from edgelocal.trainer import Position, Trainer, stages
 
 LARGEST = 1 << 63  # of a count of steps, samples or bytes
 
 
 @dataclass(frozen=True)
 class Measured:
-    """`BlockMeasures` without its score."""
+    """`BlockMeasures` without its score and latencies."""
 
     peak_bytes: int
     step_s: float
     steps: int
+    arena_bytes: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def capture(trainer: Trainer, metrics: Sequence[dict[str, Any]]) -> TrainingStat
     progress = {
         "position": asdict(trainer.position),
         "scores": [asdict(m.score) for m in trainer.measures],
-        "measures": [asdict(Measured(m.peak_bytes, m.step_s, m.steps)) for m in trainer.measures],
+        "measures": [asdict(Measured(m.peak_bytes, m.step_s, m.steps, m.arena_bytes)) for m in trainer.measures],
         "process_peak_bytes": trainer.process_peak_bytes,
         "metrics": list(metrics),
     }
@@ -77,7 +79,7 @@ def apply(progress: Progress, trainer: Trainer) -> None:
     trainer.position = progress.position
     trainer.process_peak_bytes = progress.process_peak_bytes
     trainer.measures = [
-        BlockMeasures(score, measured.peak_bytes, measured.step_s, measured.steps)
+        BlockMeasures(score, measured.peak_bytes, measured.step_s, measured.steps, measured.arena_bytes)
         for score, measured in zip(progress.scores, progress.measures, strict=True)
     ]
 

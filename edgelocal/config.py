@@ -16,13 +16,15 @@ from edgelocal.spec import Manifest
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 TRAINING_SCHEDULES = ("interleaved", "sequential")
+CACHES = ("off", "float32", "float16")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The settings that decide the bits of a run, together with the bundle, the data and the runtime.
 
-    `hyper` overrides the optimizer's hyper-parameters; `cache` keeps the outputs of frozen blocks on disk.
+    `hyper` overrides the optimizer's hyper-parameters; `cache` is the precision in which
+    the outputs of frozen blocks are kept on disk, or off.
     """
 
     epochs: int
@@ -33,7 +35,7 @@ class TrainConfig:
     schedule: str
     seed: int
     augment: bool
-    cache: bool
+    cache: str
     hyper: dict[str, float]
 
     def check(self, manifest: Manifest) -> None:
@@ -57,9 +59,10 @@ class TrainConfig:
         if unknown:
             has = ", ".join(sorted(manifest.optimizer.hyper))
             raise UsageError(f"{manifest.optimizer.name} has no hyper-parameter {unknown[0]!r}; it has {has}")
-        if self.cache and self.schedule != "sequential":
+        _one_of("cache", self.cache, CACHES)
+        if self.cache != "off" and self.schedule != "sequential":
             raise UsageError("--cache keeps outputs of frozen blocks, which only --schedule sequential has")
-        if self.cache and self.augment:
+        if self.cache != "off" and self.augment:
             raise UsageError("--cache would freeze each sample's augmentation: add --no-augment, or leave --cache out")
 
     def all_hyper(self, manifest: Manifest) -> dict[str, float]:

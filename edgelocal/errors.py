@@ -5,6 +5,7 @@
     |   |-- ExportError               2   the network given to export
     |   `-- RuntimeMissingError       2   the installation (no ONNX Runtime, or one too old)
     |-- BudgetError                   3   does not fit the memory budget
+    |   `-- OverBudgetError           3   ... as it turned out while training
     |-- RefusedError                  4
     |   |-- BundleError               4   the bundle is damaged, foreign or too new
     |   `-- CheckpointError           4   the run or its checkpoint is damaged or belongs to another bundle
@@ -44,6 +45,10 @@ class BudgetError(EdgelocalError):
     """The work does not fit the memory budget."""
 
     exit_code = 3
+
+
+class OverBudgetError(BudgetError):
+    """Memory ran out, or over the budget, while training; the last commit is whole."""
 
 
 class RefusedError(EdgelocalError):

@@ -22,6 +22,7 @@ from edgelocal.spec import (
     LOSSES,
     PAD_MODES,
     SCHEMA,
+    AccumulationSpec,
     BlockSpec,
     GraphSpec,
     InputSpec,
@@ -91,7 +92,8 @@ def parse_manifest(data: bytes) -> Manifest:
 def graphs_of(manifest: Manifest) -> tuple[GraphSpec, ...]:
     """Every graph of a bundle."""
     own = [graph for block in manifest.blocks for graph in (block.step, block.forward, block.head)]
-    return (manifest.predict, *(graph for graph in own if graph is not None))
+    second = [g for b in manifest.blocks if b.accumulation for g in (b.accumulation.gradient, b.accumulation.apply)]
+    return (manifest.predict, *(graph for graph in own if graph is not None), *second)
 
 
 def _check(manifest: Manifest) -> None:
@@ -123,7 +125,19 @@ def _check_graphs(manifest: Manifest) -> None:
                 _check_tensor(tensor, f"{graph.file}: {tensor.name[:64]}")
             names = [t.name for t in tensors]
             expect(len(set(names)) == len(names), graph.file, "a name of its own for each tensor", names)
+        _check_hints(graph)
     _check_names(manifest.predict, ("x",), ("logits",))
+
+
+def _check_hints(graph: GraphSpec) -> None:
+    """What is written over must be of the form of what is written."""
+    inputs, outputs = ({t.name: t for t in tensors} for tensors in (graph.inputs, graph.outputs))
+    for name in graph.in_place or ():
+        old, new = inputs.get(name), outputs.get(f"new/{name}")
+        same = old is not None and new is not None and (old.shape, old.dtype) == (new.shape, new.dtype)
+        expect(same, f"{graph.file}: in_place", "an input with a new value of its shape", name)
+    if graph.nodes is not None:
+        expect(0 <= graph.nodes <= 1 << 24, graph.file, "a number of nodes", graph.nodes)
 
 
 def _check_block(block: BlockSpec, metric: str) -> None:
@@ -133,12 +147,53 @@ def _check_block(block: BlockSpec, metric: str) -> None:
     _check_names(block.forward, ("x",), ("h",))
     if block.head is not None:
         _check_names(block.head, ("h",), ("logits",))
+    if block.accumulation is not None:
+        _check_accumulation(block, block.accumulation, metric)
+    if block.memory is not None:
+        _check_memory(block)
     for tensor in step.outputs[1:3]:
         expect(tensor.shape == (), f"{step.file}: {tensor.name}", "the shape of a number, []", list(tensor.shape))
     inputs = {t.name for t in step.inputs}
     for mask in block.masks:
         expect(mask.name in inputs, step.file, "an input for each mask", mask.name)
         expect(0 <= mask.keep <= 1, f"block {block.name}: {mask.name[:64]}", "a probability", mask.keep)
+
+
+def _check_accumulation(block: BlockSpec, second: AccumulationSpec, metric: str) -> None:
+    """That gradients are added to sums of their shape, and that these are what the update takes."""
+    state = {t.name: t for t in block.state()}
+    sums = [t for t in second.gradient.inputs if t.kind == "acc"]
+    buffers = [name for name, t in state.items() if t.kind == "buf"]
+    new = (*(t.name for t in sums), *buffers)
+    _check_names(second.gradient, ("x", "y", "share"), ("h", "loss", metric, *(f"new/{name}" for name in new)))
+    taken = [t for t in second.apply.inputs if t.kind == "acc"]
+    expect(taken == sums, second.apply.file, "the sums of the gradient graph", [t.name for t in taken])
+    for graph in (second.gradient, second.apply):
+        for tensor in graph.inputs:
+            known = state.get(tensor.name) if tensor.kind in ("param", "opt", "buf") else tensor
+            expect(tensor == known, f"{graph.file}: {tensor.name[:64]}", "a tensor of the block's state", tensor)
+    for tensor in sums:
+        parameter = state.get("param/" + tensor.name.partition("/")[2])
+        same = parameter is not None and (parameter.shape, parameter.dtype) == (tensor.shape, tensor.dtype)
+        expect(same, f"{second.gradient.file}: {tensor.name[:64]}", "the shape of its parameter", list(tensor.shape))
+    written = [t.name for t in second.apply.outputs]
+    updated = {f"new/{name}" for name, t in state.items() if t.kind in ("param", "opt")}
+    expect(set(written) <= updated, second.apply.file, "outputs that are the block's state", written)
+
+
+def _check_memory(block: BlockSpec) -> None:
+    """That a memory model can be computed with: a device plans by it before it reads anything else."""
+    assert block.memory is not None
+    models = (getattr(block.memory, field.name) for field in dataclasses.fields(block.memory))
+    for model in (m for m in models if m is not None):
+        where = f"block {block.name}: memory"
+        batches = [point[0] for point in model.arena if len(point) == 2]
+        expect(len(batches) == len(model.arena) >= 2, where, "pairs of batch and bytes", model.arena)
+        expect(batches == sorted(set(batches)) and batches[0] == 1, where, "rising batches from 1 on", batches)
+        expect(len(model.peaks) > 0, where, "at least one peak", model.peaks)
+        affine = [a for p in model.peaks for a in (p.activations, p.gradients, p.workspace)]
+        numbers = [n for a in affine for n in (a.fixed, a.per_sample)] + [n for point in model.arena for n in point]
+        expect(all(0 <= n < 1 << 50 for n in numbers), where, "sizes in bytes", model.peaks)
 
 
 def _check_state(block: BlockSpec) -> None:

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from edgelocal import __version__
 from edgelocal.budget import format_size
+from edgelocal.report.words import loss_text
 from edgelocal.run_info import RunInfo
 from edgelocal.spec import TensorSpec
 from edgelocal.trainer import Trainer
@@ -48,7 +49,7 @@ class Display:
             f"edgelocal {__version__}, Python {platform.python_version()}, numpy {np.__version__}, onnxruntime "
             f"{info.runtime['onnxruntime']} {info.runtime['provider']} on {info.runtime['machine']}; exported with "
             f"{', '.join(f'{name} {version}' for name, version in trainer.manifest.versions.items())}\n"
-            f"{threads} threads, state {format_size(sum(b.state_bytes() for b in trainer.blocks))}"
+            f"{threads} threads, {_planned(trainer)}"
         )
         if trainer.position.steps:
             self._line(f"resumed after step {trainer.position.steps} of {trainer.total_steps}")
@@ -88,18 +89,18 @@ class Display:
                 description=self._where(trainer),
                 detail=self._speed(trainer),
             )
-            scores = [f"{name} {_score(values)}" for name, values in _scores(trainer).items()]
+            scores = [f"{name} {loss_text(values)}" for name, values in _scores(trainer).items()]
             self._live.update(Group(self._bar, Columns(scores, padding=(0, 3))))
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
-            scores = [f"{name} {_score(values)}" for name, values in _ends(_scores(trainer))]
+            scores = [f"{name} {loss_text(values)}" for name, values in _ends(_scores(trainer))]
             left = self._left_s(trainer)
             self._line(f"{self._where(trainer)}: {'  '.join(scores)}  {self._speed(trainer)}, {left:.0f} s left")
 
     def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """After every epoch: one line with the scores of its blocks."""
-        scores = "  ".join(f"{name} {_score(values)}" for name, values in record["blocks"].items())
-        held = f"  validation {_score(record['validation'])}" if "validation" in record else ""
+        scores = "  ".join(f"{name} {loss_text(values)}" for name, values in record["blocks"].items())
+        held = f"  validation {loss_text(record['validation'])}" if "validation" in record else ""
         stage = f"stage {record['stage'] + 1} " if len(trainer.stages) > 1 else ""
         self._line(f"{stage}epoch {record['epoch']}: {scores}{held}  lr {record['lr']:.3g}  {record['seconds']:.1f} s")
 
@@ -121,6 +122,22 @@ class Display:
 
     def _left_s(self, trainer: Trainer) -> float:
         return (trainer.total_steps - trainer.position.steps) / max(self._rate(trainer), 1e-9)
+
+
+def _planned(trainer: Trainer) -> str:
+    """The plan in words."""
+    plan = trainer.plan
+    if plan is None:
+        return "no plan: this bundle has no memory model"
+    paged = sum(not b.resident for b in plan.blocks)
+    parts = [f"planned peak {format_size(plan.peak_bytes)}"]
+    parts += [f"{paged} of {len(plan.blocks)} blocks paged from disk"] if paged else []
+    parts += ["graphs loaded when used"] if plan.graphs_bytes is not None else []
+    split = [b for b in plan.blocks if b.accumulation > 1]
+    if split:
+        least = min(b.micro_batch for b in split)
+        parts.append(f"{len(split)} blocks in micro-batches of {least} or more (batch norm sees one at a time)")
+    return ", ".join(parts)
 
 
 def _plan_table(trainer: Trainer) -> Table:
@@ -146,33 +163,6 @@ def count_parameters(tensors: tuple[TensorSpec, ...]) -> dict[str, int]:
     return count
 
 
-def report_table(report: dict[str, Any]) -> Table:
-    """The end of a run: a row a block with local loss and accuracy, peak memory and time."""
-    metric = "absolute error" if report["loss"] == "mse" else "accuracy"
-    table = Table(title=f"{report['network']}, rule {report['rule']}, {report['schedule']}", title_justify="left")
-    table.add_column("block")
-    for name in ("local loss", metric, f"validation {metric}", "process peak", "time"):
-        table.add_column(name, justify="right")
-    for block in report["blocks"]:
-        training, held = block["training"] or {}, block["validation"] or {}
-        table.add_row(
-            block["name"],
-            f"{training['loss']:.4f}" if training else "-",
-            _metric(training),
-            _metric(held),
-            format_size(block["peak_bytes"]),
-            f"{block['train_s']:.1f} s",
-        )
-    return table
-
-
-def closing_line(report: dict[str, Any]) -> str:
-    """The result of a run in one sentence."""
-    held = f"validation {_score(report['validation'])}, " if report["validation"] else ""
-    budget = f" of a budget of {format_size(report['budget_bytes'])}" if report["budget_bytes"] else ""
-    return f"{held}peak memory {format_size(report['process_peak_bytes'])}{budget}, {report['train_s']:.1f} s in steps"
-
-
 def _scores(trainer: Trainer) -> dict[str, Any]:
     """Scores of the epoch so far, by name of the blocks that train."""
     stage = trainer.stages[min(trainer.position.stage, len(trainer.stages) - 1)]
@@ -184,13 +174,3 @@ def _ends(blocks: dict[str, Any]) -> list[tuple[str, Any]]:
     """Both blocks, or the first and the last of more."""
     items = list(blocks.items())
     return items if len(items) <= 2 else [items[0], items[-1]]
-
-
-def _score(values: dict[str, float]) -> str:
-    return f"loss {values['loss']:.3f} {_metric(values)}"
-
-
-def _metric(values: dict[str, float]) -> str:
-    if "accuracy" in values:
-        return f"{100 * values['accuracy']:.2f} %"
-    return f"{values['mean_absolute_error']:.4f}" if values else "-"

@@ -23,6 +23,8 @@ from edgelocal.checkpoint import apply, capture, check_progress, check_tensors, 
 from edgelocal.config import TrainConfig
 from edgelocal.disk import is_there, reason
 from edgelocal.errors import CheckpointError, DivergedError, UsageError
+from edgelocal.graphs import GraphPool
+from edgelocal.plan import Plan
 from edgelocal.run_info import RUN, RunInfo, read_run
 from edgelocal.state import encode_state
 from edgelocal.store import CheckpointStore, Loaded, atomic_write
@@ -33,20 +35,30 @@ METRICS = "metrics.jsonl"
 REPORT = "report.json"
 
 
-def load_blocks(bundle: Bundle, threads: int, tensors: dict[str, Array] | None) -> list[Block]:
+def load_blocks(
+    bundle: Bundle,
+    threads: int,
+    tensors: dict[str, Array] | None,
+    plan: Plan | None = None,
+    page_folder: Path | None = None,
+) -> list[Block]:
     """The blocks of a bundle with their initial state, or with that of a checkpoint.
+
+    What the plan does not keep in memory waits in `page_folder`.
 
     Raises:
         CheckpointError: the tensors are not the state of these blocks.
     """
     if tensors is not None:
         check_tensors(tensors, bundle.manifest)
+    graphs = GraphPool(bundle, threads, plan.graphs_bytes if plan else None)
     blocks = []
     for index, spec in enumerate(bundle.manifest.blocks):
         state = None
         if tensors is not None:
             state = {t.name: tensors[f"{spec.name}:{t.name}"] for t in spec.state()}
-        blocks.append(Block(bundle, index, threads, state))
+        paged = plan is not None and not plan.blocks[index].resident
+        blocks.append(Block(bundle, index, graphs, state, page_folder if paged else None))
     return blocks
 
 

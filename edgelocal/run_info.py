@@ -34,6 +34,7 @@ class RunInfo:
     config: TrainConfig
     budget_bytes: int | None
     runtime: dict[str, str]
+    micro_batches: tuple[int, ...] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -51,7 +52,14 @@ def data_digest(data: Dataset) -> str:
     return hashlib.sha256(str(len(data)).encode() + data.labels.tobytes()).hexdigest()
 
 
-def describe_run(bundle: Bundle, data: Dataset, data_path: Path, config: TrainConfig, budget: int | None) -> RunInfo:
+def describe_run(
+    bundle: Bundle,
+    data: Dataset,
+    data_path: Path,
+    config: TrainConfig,
+    budget: int | None,
+    micro_batches: tuple[int, ...] | None,
+) -> RunInfo:
     """The description of a new run."""
     return RunInfo(
         bundle=str(bundle.folder.resolve()),
@@ -61,6 +69,7 @@ def describe_run(bundle: Bundle, data: Dataset, data_path: Path, config: TrainCo
         config=config,
         budget_bytes=budget,
         runtime=runtime_info().as_dict(),
+        micro_batches=micro_batches,
     )
 
 

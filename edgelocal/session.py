@@ -1,17 +1,21 @@
-"""The only module that imports ONNX Runtime: model bytes -> something that runs.
+"""The only module that imports ONNX Runtime: model bytes -> something that runs, in memory that is planned.
 
-Options, and why: one arena for all sessions, because an arena keeps what it once took: with one a session the process
-held the peaks of all blocks at once (ResNet-32 in 14 blocks, batch 128: 1231 MiB against 338, docs/decisions/0006); no
-memory pattern (it doubles the peak from the second run on); no spinning, because every session has threads of its
-own, and those that wait must not take the cores from the one that works; one operator after the other, so that only
-one block's activations live. The model is read as ONNX, which was scanned, and never as the runtime's own format.
+Every run gets its inputs and outputs in memory of ours; what lives only while it runs comes from one arena that all
+graphs of the process share, one region as large as the plan says. Each run begins with an empty arena, so it lays out
+its values the same way each time, and the exporter could know the peak (docs/decisions/0012). For this, nodes run in
+the order of the file, the runtime's own passes are off (they reorder, and undo recomputation), no memory pattern (it
+doubles the peak from the second run on) and no list of dead buffers is kept. No spinning: every graph has threads of
+its own, and those that wait must not take the cores from the one that works. The model is read as ONNX, which was
+scanned, and never as the runtime's own format.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -21,12 +25,13 @@ import numpy as np
 
 from edgelocal.device import describe
 from edgelocal.doctor import advice
-from edgelocal.errors import BudgetError, BundleError, EdgelocalError, RuntimeMissingError
+from edgelocal.errors import BundleError, EdgelocalError, OverBudgetError, RuntimeMissingError
 from edgelocal.onnx_scan import scan
+from edgelocal.protobuf import BYTES, VARINT, render
 from edgelocal.spec import BATCH, GraphSpec, TensorSpec
 from edgelocal.tensors import Array
 
-GRAPH_LEVEL = "all"
+GRAPH_LEVEL = "none"
 OLDEST_RUNTIME = (1, 17)
 TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
 
@@ -74,46 +79,139 @@ def runtime_info() -> RuntimeInfo:
     return RuntimeInfo(runtime().__version__, "CPUExecutionProvider", GRAPH_LEVEL, platform.machine())
 
 
+_MMAP_FROM = 1 << 20
+_MALLOPT_TRIM, _MALLOPT_MMAP = -1, -3  # glibc's malloc.h
+_LARGEST_REGION = (1 << 31) - 256  # the arena's settings are 32-bit integers
+_UNPLANNED = 1 << 20
+
+
 @cache
-def _shared_arena() -> None:
-    """Register the arena that every session of the process uses."""
+def start() -> None:
+    """Load the runtime and make memory come and go in whole pieces: the process is idle when this returns.
+
+    The system's allocator gives large pieces back as soon as they are freed, where it can be told to (glibc).
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MALLOPT_MMAP, _MMAP_FROM)
+        libc.mallopt(_MALLOPT_TRIM, _MMAP_FROM)
+    _run_tiny(shared=False)
+
+
+def give_back() -> None:
+    """Hand memory that was freed in small pieces back to the system, where there is a way (glibc)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+_arena_bytes: int | None = None
+
+
+def reserve(arena_bytes: int, limit_bytes: int | None = None) -> None:
+    """Set up the arena of the process, once: a region of `arena_bytes`, which may grow up to `limit_bytes` in all.
+
+    Address space is taken now, memory when a run touches it. A process has one arena: later calls change nothing.
+    """
+    global _arena_bytes
+    if _arena_bytes is not None:
+        return
+    start()
     ort = runtime()
+    region = max(_UNPLANNED, min(arena_bytes, _LARGEST_REGION) // 256 * 256)
+    settings = {
+        "arena_extend_strategy": 0,
+        "max_dead_bytes_per_chunk": 256,  # every remainder is split off, or half of the memory would lie waste
+        # The first region is never given back, the second, whose size is the `growth` once the arena was shrunk, is.
+        "initial_chunk_size_bytes": 256,
+        "initial_growth_chunk_size_bytes": region,
+        "max_mem": max(limit_bytes or 0, region) + (1 << 20) if limit_bytes is not None else 0,
+    }
     place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    ort.create_and_register_allocator(place, ort.OrtArenaCfg({"arena_extend_strategy": 0}))
+    ort.create_and_register_allocator(place, ort.OrtArenaCfg(settings))
+    _arena_bytes = region
+    _run_tiny(shared=True)  # and give back what it took: from then on the arena grows by its second setting
+
+
+def _run_tiny(*, shared: bool) -> None:
+    """Run a graph of two nodes, so that the runtime's code is in memory, and give its memory back."""
+    info = [(1, BYTES, b"x"), (2, BYTES, render([(1, BYTES, render([(1, VARINT, 1), (2, BYTES, _one_dim())]))]))]
+    nodes = [
+        render([(1, BYTES, a), (2, BYTES, b), (4, BYTES, b"Exp")]) for a, b in ((b"x", b"between"), (b"between", b"y"))
+    ]
+    graph = render(
+        [
+            *((1, BYTES, node) for node in nodes),
+            (2, BYTES, b"first"),
+            (11, BYTES, render(info)),
+            (12, BYTES, render([(1, BYTES, b"y"), info[1]])),
+        ]
+    )
+    model = render([(1, VARINT, 8), (7, BYTES, graph), (8, BYTES, render([(2, VARINT, 13)]))])
+    session = runtime().InferenceSession(model, _options(1, shared=shared), providers=["CPUExecutionProvider"])
+    session.run(["y"], {"x": np.zeros(1, dtype=np.float32)}, _releasing())
+
+
+def _one_dim() -> bytes:
+    return render([(1, BYTES, render([(1, VARINT, 1)]))])
+
+
+def _releasing() -> Any:
+    """Options of a run that gives the arena back at its end."""
+    options = runtime().RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
+def _options(threads: int, *, shared: bool = True) -> Any:
+    ort = runtime()
+    options = ort.SessionOptions()
+    options.enable_mem_pattern = False
+    options.enable_mem_reuse = False
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # the order of the file
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.use_env_allocators", str(int(shared)))
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    return options
 
 
 class Tensor:
-    """A tensor in the runtime's memory. `.array()` is a view where the runtime allows it, else a copy."""
+    """A numpy array, C-contiguous, and the same memory as the runtime sees it."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self.value = runtime().OrtValue.ortvalue_from_numpy(array)
 
     @classmethod
     def of(cls, array: Array) -> Tensor:
-        """Copy (or wrap) a numpy array."""
-        contiguous = np.ascontiguousarray(array).reshape(array.shape)
-        return cls(runtime().OrtValue.ortvalue_from_numpy(contiguous))
+        """The array itself where it is contiguous, else a copy."""
+        return cls(np.ascontiguousarray(array).reshape(array.shape))
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """Memory for a result."""
+        return cls(np.empty(shape, dtype=dtype))
 
     @property
     def batch(self) -> int:
         """The first dimension."""
-        return int(self.value.shape()[0])
+        return int(self._array.shape[0])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Samples start .. stop - 1, in the same memory."""
+        return Tensor(self._array[start:stop])
 
     def array(self) -> Array:
-        """The values as a numpy array."""
-        values: Array = self.value.numpy()
-        return values
+        """The values; the same memory."""
+        return self._array
 
     def item(self) -> float:
-        """The value of a () tensor.
-
-        Raises:
-            BundleError: the graph made one of another shape.
-        """
-        values = self.array()
-        if values.shape != ():
-            raise BundleError(f"a graph put out {list(values.shape)} in place of one number; export the bundle again")
-        return float(values)
+        """The value of a () tensor."""
+        return float(self._array)
 
 
 class Graph:
@@ -122,48 +220,38 @@ class Graph:
     Raises:
         BundleError: the model holds what no graph of a bundle has, the runtime cannot load it, or it is not the one
             the manifest describes.
-        BudgetError: no memory to load it.
+        OverBudgetError: no memory to load it.
     """
 
     def __init__(self, spec: GraphSpec, model: bytes, threads: int) -> None:
         self.spec = spec
         scan(model, spec.file)
+        reserve(_UNPLANNED)
         ort = runtime()
-        _shared_arena()
-        options = ort.SessionOptions()
-        options.enable_mem_pattern = False
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.load_model_format", "ONNX")
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         try:
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(model, _options(threads), providers=["CPUExecutionProvider"])
         except Exception as error:
             raise _translated(error, f"{spec.file} cannot be loaded") from error
         self._check_signature()
 
-    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run on all inputs of the graph; returns the outputs by name.
+    def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, release: bool = False) -> None:
+        """Run on `inputs`, in the graph's order, into `outputs`; with `release` the arena is given back at the end.
+
+        An output may be an input's memory where the bundle says so (`GraphSpec.in_place`).
 
         Raises:
-            BundleError: the graph wants an input that is not fed, or cannot be run on what is.
-            BudgetError: the runtime could not get the memory it needs.
+            BundleError: the graph cannot be run on these.
+            OverBudgetError: the runtime could not get the memory it needs; the outputs are not to be used.
         """
-        missing = [t.name for t in self.spec.inputs if t.name not in feeds]
-        if missing:
-            raise BundleError(
-                f"{self.spec.file} wants {missing[0]!r}, which is not known here; upgrade edgelocal, or export again"
-            )
-        names = [t.name for t in self.spec.outputs]
-        values = {t.name: feeds[t.name].value for t in self.spec.inputs}
+        binding = self._session.io_binding()
         try:
-            results = self._session.run_with_ort_values(names, values)
+            for spec, tensor in zip(self.spec.inputs, inputs, strict=True):
+                binding.bind_ortvalue_input(spec.name, tensor.value)
+            for spec, tensor in zip(self.spec.outputs, outputs, strict=True):
+                binding.bind_ortvalue_output(spec.name, tensor.value)
+            self._session.run_with_iobinding(binding, _releasing() if release else None)
         except Exception as error:
             raise _translated(error, f"{self.spec.file} cannot be run") from error
-        return {name: Tensor(value) for name, value in zip(names, results, strict=True)}
 
     def _check_signature(self) -> None:
         inputs = self._session.get_inputs(), self.spec.inputs
@@ -190,5 +278,5 @@ def _fits(argument: Any, tensor: TensorSpec) -> bool:
 def _translated(error: Exception, what: str) -> EdgelocalError:
     text = " ".join(str(error).split())
     if "allocate memory" in text or "bad_alloc" in text or "smaller than requested" in text:
-        return BudgetError(f"{what}: out of memory ({text[:200]}); use a smaller --batch or more blocks")
+        return OverBudgetError(f"{what}: out of memory ({text[:200]}); use a smaller --batch or more blocks")
     return BundleError(f"{what}: {text[:500]}; export the bundle again")

@@ -6,11 +6,14 @@ Shapes hold integers and the one symbol "N", the batch.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
-SCHEMA = 1
+SCHEMA = 2
 FORMAT = "edgelocal-bundle"
 BATCH = "N"
+ARENA_MARGIN = 1.03
+GRAPH_BYTES, NODE_BYTES, UNKNOWN_NODES = 192 << 10, 4608, 1000
 LOSSES = ("cross_entropy", "bce", "mse")
 PAD_MODES = ("reflect", "zero")
 
@@ -48,11 +51,110 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """An ONNX file of the bundle and its signature, in graph order."""
+    """An ONNX file of the bundle and its signature, in graph order.
+
+    Graphs of equal `structure` differ in names only. `in_place` are the inputs over which their new value may be
+    written: whatever else reads them has run by then. `nodes` counts nodes, on which the size in memory depends.
+    Bundles of schema 1 have none of the three.
+    """
 
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    structure: str | None = None
+    in_place: tuple[str, ...] | None = None
+    nodes: int | None = None
+
+
+@dataclass(frozen=True)
+class AffineSpec:
+    """Bytes as a function of the batch: fixed + per_sample * N."""
+
+    fixed: int
+    per_sample: int
+
+    def at(self, batch: int) -> int:
+        """Bytes with `batch` samples."""
+        return self.fixed + self.per_sample * batch
+
+
+@dataclass(frozen=True)
+class PeakSpec:
+    """What lives at one moment of a run, by kind; the peak of a run is the largest of a graph's moments.
+
+    `activations` are values of the forward pass (kept, or computed again), `gradients` those of the backward pass and
+    the update, `workspace` what single operators need besides.
+    """
+
+    activations: AffineSpec
+    gradients: AffineSpec
+    workspace: AffineSpec
+
+    def at(self, batch: int) -> int:
+        """Bytes of all kinds with `batch` samples."""
+        return self.activations.at(batch) + self.gradients.at(batch) + self.workspace.at(batch)
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """The memory model of a graph: what a run allocates besides inputs, outputs and state.
+
+    `peaks` say what lives, by kind; `arena` are pairs of a batch and the bytes the runtime's arena then needs, found by
+    running its allocator on the graph's sizes: what lives and what lies waste between.
+    """
+
+    peaks: tuple[PeakSpec, ...]
+    arena: tuple[tuple[int, ...], ...]
+
+    def peak(self, batch: int) -> PeakSpec:
+        """The moment at which most lives."""
+        return max(self.peaks, key=lambda p: p.at(batch))
+
+    def arena_bytes(self, batch: int) -> int:
+        """Bytes the arena needs for a run on `batch` samples; between and beyond the known batches with a margin."""
+        above = bisect_left(self.arena, (batch,))
+        if above < len(self.arena) and self.arena[above][0] == batch:
+            return self.arena[above][1]
+        last = self.arena[-1]
+        low, small = last if above == len(self.arena) else self.arena[above - 1]
+        high, large = (2 * last[0], 2 * last[1]) if above == len(self.arena) else self.arena[above]
+        between = small + (large - small) * (batch - low) / (high - low)
+        return int(max(between, self.peak(batch).at(batch)) * ARENA_MARGIN)
+
+
+@dataclass(frozen=True)
+class MacsSpec:
+    """Multiply-accumulate operations for one sample: of the block itself and of its auxiliary network."""
+
+    forward: int
+    forward_auxiliary: int
+    training: int
+    training_auxiliary: int
+
+
+@dataclass(frozen=True)
+class AccumulationSpec:
+    """The second form of a step: `gradient` adds the gradients of a micro-batch to `acc/...`, `apply` updates."""
+
+    gradient: GraphSpec
+    apply: GraphSpec
+
+
+@dataclass(frozen=True)
+class BlockMemorySpec:
+    """The memory models of a block's graphs; `head` is None where the block has none."""
+
+    step: MemorySpec
+    gradient: MemorySpec
+    apply: MemorySpec
+    forward: MemorySpec
+    head: MemorySpec | None = None
+
+
+def graph_bytes(spec: GraphSpec) -> int:
+    """Bytes of a loaded graph: its nodes, kernels and plan in the runtime (measured, docs/memory.md)."""
+    nodes = spec.nodes if spec.nodes is not None else UNKNOWN_NODES
+    return GRAPH_BYTES + NODE_BYTES * nodes
 
 
 @dataclass(frozen=True)
@@ -60,7 +162,8 @@ class BlockSpec:
     """A block: consecutive units trained by one local loss.
 
     `head` is the auxiliary network in inference mode (block output -> logits); the last block, which ends in the
-    network's own head, has none. `masks` lists the random inputs of the step graph.
+    network's own head, has none. `masks` lists the random inputs of the step graph. `depth` is the depth of the
+    auxiliary network, None for the last block. Bundles of schema 1 have no accumulation, memory, macs and depth.
     """
 
     name: str
@@ -70,6 +173,10 @@ class BlockSpec:
     head: GraphSpec | None
     weights: str
     masks: tuple[MaskSpec, ...]
+    accumulation: AccumulationSpec | None = None
+    memory: BlockMemorySpec | None = None
+    macs: MacsSpec | None = None
+    depth: int | None = None
 
     def state(self) -> tuple[TensorSpec, ...]:
         """Tensors the step graph reads and writes anew: parameters, optimizer slots, buffers."""
@@ -146,6 +253,18 @@ class FileSpec:
 
 
 @dataclass(frozen=True)
+class FrontierSpec:
+    """A way to train the network: bytes of the largest block's working set at the default batch, and training MACs of
+    a sample. `kind` is "partition", or what it is compared with: "bp", "checkpointing", "per-unit", "linear"."""
+
+    kind: str
+    blocks: int
+    working_set_bytes: int
+    training_macs: int
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything the device knows about a bundle before it opens another file."""
 
@@ -162,5 +281,6 @@ class Manifest:
     predict: GraphSpec
     versions: dict[str, str]
     files: dict[str, FileSpec]
+    frontier: tuple[FrontierSpec, ...] | None = None
     format: str = FORMAT
     schema: int = field(default=SCHEMA)

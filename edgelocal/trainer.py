@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,9 +21,11 @@ from edgelocal.budget import PeakMeter, format_size, peak_rss_bytes
 from edgelocal.cache import OutputCache
 from edgelocal.config import TrainConfig
 from edgelocal.data import batches, prepare
-from edgelocal.errors import BudgetError, DataError, InterruptedRunError
+from edgelocal.errors import DataError, InterruptedRunError, OverBudgetError
 from edgelocal.evaluate import evaluate
 from edgelocal.formats.base import Dataset, Indices
+from edgelocal.measures import BlockMeasures, Timeline, is_measured
+from edgelocal.plan import Plan
 from edgelocal.schedule import learning_rate
 from edgelocal.scores import Score
 from edgelocal.session import Tensor
@@ -53,19 +55,6 @@ def stages(schedule: str, blocks: int) -> tuple[Stage, ...]:
     if schedule == "interleaved":
         return (Stage(range(0), range(blocks)),)
     return tuple(Stage(range(k), range(k, k + 1)) for k in range(blocks))
-
-
-@dataclass
-class BlockMeasures:
-    """What was measured of a block: training score of the current epoch, and over the run peak bytes and time.
-
-    `peak_bytes` is the peak of the whole process while the block worked.
-    """
-
-    score: Score = field(default_factory=Score)
-    peak_bytes: int = 0
-    step_s: float = 0.0
-    steps: int = 0
 
 
 class Watcher(Protocol):
@@ -100,6 +89,7 @@ class Trainer:
         *,
         validate_every: int = 1,
         budget_bytes: int | None = None,
+        plan: Plan | None = None,
         position: Position | None = None,
         cache_folder: Path | None = None,
     ) -> None:
@@ -110,9 +100,13 @@ class Trainer:
         self.validation = validation
         self.validate_every = validate_every
         self.budget_bytes = budget_bytes
+        self.plan = plan
         self.position = position or Position()
         self.measures = [BlockMeasures() for _ in blocks]
         self.process_peak_bytes = 0
+        self.cached_bytes = 0
+        self.timeline = Timeline()
+        self._rounds = 0
         self.stages = stages(config.schedule, len(blocks))
         self._cache_folder = cache_folder
         self._cache: OutputCache | None = None
@@ -154,6 +148,7 @@ class Trainer:
 
     def _run_stage(self, number: int, watcher: Watcher) -> None:
         stage = self.stages[number]
+        self._rounds = 0
         self._fill_cache(stage, watcher)
         self.check_budget()
         for epoch in range(self.position.epoch, self.config.epochs):
@@ -196,6 +191,7 @@ class Trainer:
             x = self._train_block(index, x, y, hyper, len(indices))
         self.position.batch += 1
         self.position.steps += 1
+        self._rounds += 1
 
     def _rate(self, epoch: int) -> float:
         config = self.config
@@ -203,15 +199,23 @@ class Trainer:
 
     def _train_block(self, index: int, x: Tensor, y: Tensor, hyper: dict[str, float], samples: int) -> Tensor:
         measures = self.measures[index]
+        micro = self.plan.blocks[index].micro_batch if self.plan else None
+        alone, release = is_measured(self._rounds), self._releases
         started = time.perf_counter()
         self._note_peak()  # the meter sets the peak back
         with PeakMeter() as meter:
-            result = self.blocks[index].step(x, y, hyper, self.config.seed, self.position.steps)
-        measures.step_s += time.perf_counter() - started
-        measures.steps += 1
-        measures.peak_bytes = max(measures.peak_bytes, meter.peak_bytes)
+            result = self.blocks[index].step(x, y, hyper, self.config.seed, self.position.steps, micro, release=release)
+        measures.add_time(time.perf_counter() - started)
+        if alone:
+            measures.add_memory(self._rounds, meter.peak_bytes, max(0, meter.growth_bytes - result.written_bytes))
+        self.timeline.add(meter.peak_bytes, index)
         measures.score.add(samples, result.loss, result.metric)
         return result.h
+
+    @property
+    def _releases(self) -> bool:
+        """Whether runs give the arena back: around those that are measured."""
+        return is_measured(self._rounds) or is_measured(self._rounds + 1)
 
     def _input(self, indices: Indices, epoch: int) -> Tensor:
         images = self.train.read(indices)
@@ -229,19 +233,21 @@ class Trainer:
 
     def _through(self, frozen: range, x: Tensor) -> Tensor:
         for index in frozen:
-            x = self.blocks[index].forward(x)
+            x = self.blocks[index].forward(x, release=self._releases)
         return x
 
     def _fill_cache(self, stage: Stage, watcher: Watcher) -> None:
         """Bring the cache, if the run keeps one, to the outputs of the stage's frozen blocks."""
-        if not self.config.cache or not stage.frozen or self._cache_folder is None:
+        if self.config.cache == "off" or not stage.frozen or self._cache_folder is None:
             return
         order = list(batches(len(self.train), self.config.batch, 0, 0, shuffle=False))
         before = self._cache
         reusable = before is not None and before.depth == len(stage.frozen) - 1
         inputs = before.read if before is not None and reusable else partial(self._input, epoch=0)
         blocks = [self.blocks[i] for i in (stage.frozen[-1:] if reusable else stage.frozen)]
-        self._cache = OutputCache.build(self._cache_folder, inputs, blocks, order, partial(self.stop_point, watcher))
+        stop = partial(self.stop_point, watcher)
+        self._cache = OutputCache.build(self._cache_folder, inputs, blocks, order, stop, self.config.cache)
+        self.cached_bytes += self._cache.written_bytes
         if before is not None:
             before.close()
         for block in blocks:
@@ -282,11 +288,11 @@ class Trainer:
         """Take what the process held since the last look into its peak, and compare it with the budget.
 
         Raises:
-            BudgetError: it held more.
+            OverBudgetError: it held more.
         """
         self._note_peak()
         if self.budget_bytes is not None and self.process_peak_bytes > self.budget_bytes:
-            raise BudgetError(
+            raise OverBudgetError(
                 f"the process held {format_size(self.process_peak_bytes)} at its peak, the budget is "
                 f"{format_size(self.budget_bytes)}; use a smaller --batch and a new --out, or export more blocks"
             )

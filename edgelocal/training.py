@@ -6,24 +6,29 @@ import math
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgelocal.budget import format_size, parse_budget, rss_bytes
 from edgelocal.bundle import Bundle, open_bundle, verify
+from edgelocal.cache import cache_precision
 from edgelocal.config import TrainConfig
-from edgelocal.data import Split, has_split, open_dataset
+from edgelocal.data import Split, has_split, open_dataset, pipeline_bytes
 from edgelocal.device import describe
-from edgelocal.errors import BudgetError, InterruptedRunError, UsageError
+from edgelocal.errors import BudgetError, InterruptedRunError, OverBudgetError, UsageError
 from edgelocal.formats.base import Dataset
-from edgelocal.progress import Display, count_parameters
+from edgelocal.plan import PipelineBytes, Plan, has_model, make_plan
+from edgelocal.progress import Display
 from edgelocal.run import RunFolder, check_resume, check_same, load_blocks, restore
 from edgelocal.run_info import RUN, RunInfo, describe_run, read_run
-from edgelocal.session import runtime_info
+from edgelocal.run_report import make_report
+from edgelocal.session import give_back, reserve, start
 from edgelocal.spec import Manifest
 from edgelocal.store import lock
 from edgelocal.trainer import Trainer
+
+CACHE = "cache"
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class TrainRequest:
     checkpoint_s: float
     threads: int | None
     validate_every: int
+    micro_batch: int | None = None
+    on_oom: str = "stop"
 
 
 def make_request(
@@ -56,9 +63,11 @@ def make_request(
     warmup_epochs: int,
     hyper: Sequence[str],
     schedule: str,
-    cache: bool,
+    cache: str,
     augment: bool,
     memory_budget: str | None,
+    micro_batch: int | None,
+    on_oom: str,
     resume: str,
     checkpoint_steps: int | None,
     checkpoint_seconds: float,
@@ -84,7 +93,19 @@ def make_request(
         raise UsageError(f"--checkpoint-seconds is {checkpoint_seconds}, expected a number above 0")
     budget = None if memory_budget is None else parse_budget(memory_budget, describe().effective_bytes)
     return TrainRequest(
-        bundle, data, validation, out, config, budget, resume, checkpoint_steps, checkpoint_seconds, threads, val_every
+        bundle=bundle,
+        data=data,
+        validation=validation,
+        out=out,
+        config=config,
+        budget_bytes=budget,
+        resume=resume,
+        checkpoint_steps=checkpoint_steps,
+        checkpoint_s=checkpoint_seconds,
+        threads=threads,
+        validate_every=val_every,
+        micro_batch=micro_batch,
+        on_oom=on_oom,
     )
 
 
@@ -105,15 +126,19 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
     Raises:
         EdgelocalError: see errors.py; whatever was committed before stands.
     """
+    start()
     bundle = open_bundle(request.bundle)
     manifest = bundle.manifest
-    request.config.check(manifest)
     verify(bundle)  # damage is found now, not when the block's turn comes after hours
+    give_back()
+    idle = rss_bytes()
     data, validation = open_data(request.data, request.validation, manifest, request.out)
-    threads = request.threads or describe().cores
-    _check_fit(bundle, request.budget_bytes)
+    request = replace(request, config=settled(request.config, request.out, bundle, len(data)))
+    request.config.check(manifest)
+    plan = _plan(request, bundle, data, validation, idle)
     check_resume(request.out, request.resume)  # before the lock, which makes the folder
-    info = describe_run(bundle, data, request.data, request.config, request.budget_bytes)
+    micro = tuple(b.micro_batch for b in plan.blocks) if plan else None
+    info = describe_run(bundle, data, request.data, request.config, request.budget_bytes, micro)
     if stop.is_set():
         raise InterruptedRunError("stopped before the first step; nothing was written")
     with lock(request.out):
@@ -121,52 +146,119 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
         if continued:
             check_same(request.out, info)
         with data, validation or nullcontext():  # unpacks what is compressed, so damage is found now and not in epoch 1
-            return _train_locked(request, display, bundle, info, data, validation, threads, continued, stop)
+            job = _Job(request, display, bundle, info, data, validation, stop, idle)
+            return job.run(plan, continued)
 
 
-def _train_locked(
-    request: TrainRequest,
-    display: Display,
-    bundle: Bundle,
-    info: RunInfo,
-    data: Dataset,
-    validation: Dataset | None,
-    threads: int,
-    continued: bool,
-    stop: threading.Event,
-) -> dict[str, Any]:
-    folder = RunFolder(request.out, info)
-    loaded = folder.resume() if continued else None
-    notes = _resume_notes(request.out, info, loaded.skipped if loaded else ()) if continued else []
-    if validation is None:
-        notes.append("the data has no test split, so nothing is validated; give some with --val")
-    if loaded is None:
-        folder.start()
-    blocks = load_blocks(bundle, threads, loaded.state.tensors if loaded else None)
-    trainer = Trainer(
-        bundle.manifest,
-        request.config,
-        blocks,
-        data,
-        validation,
-        validate_every=request.validate_every,
+@dataclass(frozen=True)
+class _Job:
+    """A training with everything opened and the run's lock held."""
+
+    request: TrainRequest
+    display: Display
+    bundle: Bundle
+    info: RunInfo
+    data: Dataset
+    validation: Dataset | None
+    stop: threading.Event
+    idle_bytes: int
+
+    def run(self, plan: Plan | None, continued: bool) -> dict[str, Any]:
+        """Train to the end, by a smaller plan where memory runs out and the request says so."""
+        notes: list[str] = []
+        if self.validation is None:
+            notes.append("the data has no test split, so nothing is validated; give some with --val")
+        while True:
+            try:
+                return self._attempt(plan, continued, notes)
+            except OverBudgetError as error:
+                smaller = plan.halved() if plan is not None and self.request.on_oom == "replan" else None
+                if smaller is None:
+                    raise
+                notes.append(f"memory ran out ({error}); gone on from the last commit with micro-batches halved")
+                plan, continued = smaller, True
+            give_back()
+
+    def _attempt(self, plan: Plan | None, continued: bool, notes: list[str]) -> dict[str, Any]:
+        request, info = self.request, self.info
+        folder = RunFolder(request.out, info)
+        loaded = folder.resume() if continued else None
+        if continued:
+            notes += _resume_notes(request.out, info, loaded.skipped if loaded else ())
+        if loaded is None:
+            folder.start()
+        if plan is not None:
+            reserve(plan.arena_bytes, plan.arena_limit)
+        threads = request.threads or describe().cores
+        tensors = loaded.state.tensors if loaded else None
+        blocks = load_blocks(self.bundle, threads, tensors, plan, request.out / CACHE)
+        trainer = Trainer(
+            self.bundle.manifest,
+            request.config,
+            blocks,
+            self.data,
+            self.validation,
+            validate_every=request.validate_every,
+            budget_bytes=request.budget_bytes,
+            plan=plan,
+            cache_folder=request.out / CACHE,
+        )
+        if loaded is not None:
+            restore(trainer, loaded)
+        else:
+            folder.commit(trainer)
+        del loaded, tensors  # they were copied into the blocks
+        self.display.start(trainer, info, threads, notes)
+        watcher = _Watcher(folder, self.display, request, self.stop)
+        try:
+            with self.display:
+                trainer.run(watcher)
+            scores = trainer.validate(watcher, blocks, exits=True)
+            trainer.check_budget()
+        finally:
+            for block in blocks:
+                block.release()
+                block.close()
+        report = make_report(trainer, info, self.idle_bytes, scores, notes, folder.metrics)
+        folder.write_report(report)
+        return report
+
+
+def settled(config: TrainConfig, out: Path, bundle: Bundle, samples: int) -> TrainConfig:
+    """`config` with a cache "auto" decided: as the run in `out` has it, or else the best precision the disk has room
+    for, with as much left over, while one cache is built from the one before."""
+    if config.cache != "auto":
+        return config
+    if (out / RUN).is_file():
+        return replace(config, cache=read_run(out).config.cache)
+    free = describe(folder=out if out.is_dir() else out.absolute().parent).disk_free_bytes
+    return replace(config, cache=cache_precision(bundle.manifest, samples, free) if not config.augment else "off")
+
+
+def _plan(request: TrainRequest, bundle: Bundle, data: Dataset, validation: Dataset | None, idle: int) -> Plan | None:
+    """The plan of the run; for a bundle without a memory model a rough check instead.
+
+    Raises:
+        BudgetError: it cannot fit. Nothing was allocated or written.
+    """
+    manifest, config = bundle.manifest, request.config
+    if not has_model(manifest):
+        _check_fit(bundle, request.budget_bytes)
+        return None
+    datasets = [data, *([validation] if validation is not None else [])]
+    augment = manifest.augment if config.augment else None
+    total = pipeline_bytes(datasets, config.batch, manifest.input, augment)
+    resident = sum(d.resident_bytes for d in datasets) + 8 * len(data)  # with the order of the epoch
+    return make_plan(
+        manifest,
+        batch=min(config.batch, len(data)),
+        schedule=config.schedule,
+        idle_bytes=idle,
+        pipeline=PipelineBytes(resident, max(0, total - resident)),
         budget_bytes=request.budget_bytes,
-        cache_folder=request.out / "cache",
+        validates=validation is not None,
+        micro_batch=request.micro_batch,
     )
-    if loaded is not None:
-        restore(trainer, loaded)
-    else:
-        folder.commit(trainer)
-    del loaded  # its tensors were copied into the blocks
-    display.start(trainer, info, threads, notes)
-    watcher = _Watcher(folder, display, request, stop)
-    with display:
-        trainer.run(watcher)
-    scores = trainer.validate(watcher, blocks, exits=True)
-    trainer.check_budget()
-    report = make_report(trainer, info, scores, notes, folder)
-    folder.write_report(report)
-    return report
 
 
 def open_data(path: Path, validation: Path | None, manifest: Manifest, scratch: Path) -> tuple[Dataset, Dataset | None]:
@@ -208,48 +300,11 @@ class _Watcher:
         self.folder.commit(trainer)
 
 
-def make_report(
-    trainer: Trainer, info: RunInfo, scores: Sequence[dict[str, float]], notes: list[str], folder: RunFolder
-) -> dict[str, Any]:
-    """What was reached and measured, per block and for the whole run; `scores` are those of the exits on validation."""
-    manifest = trainer.manifest
-    training = {name: values for record in folder.metrics for name, values in record["blocks"].items()}
-    blocks = [
-        {
-            "name": block.spec.name,
-            "units": list(block.spec.units),
-            "parameters": count_parameters(block.spec.step.inputs),
-            "training": training.get(block.spec.name),
-            "validation": scores[index] if scores else None,
-            "peak_bytes": measures.peak_bytes,
-            "train_s": round(measures.step_s, 3),
-            "steps": measures.steps,
-        }
-        for index, (block, measures) in enumerate(zip(trainer.blocks, trainer.measures, strict=True))
-    ]
-    return {
-        "network": manifest.network,
-        "rule": manifest.rule.name,
-        "loss": manifest.task.loss,
-        "schedule": trainer.config.schedule,
-        "blocks": blocks,
-        "validation": scores[-1] if scores else None,
-        "samples": len(trainer.train),
-        "steps": trainer.position.steps,
-        "train_s": round(sum(m.step_s for m in trainer.measures), 3),
-        "process_peak_bytes": trainer.process_peak_bytes,
-        "budget_bytes": info.budget_bytes,
-        "runtime": info.runtime,
-        "notes": notes,
-    }
-
-
 def _check_fit(bundle: Bundle, budget: int | None) -> None:
     """Refuse before anything is allocated what cannot fit: the idle process with the state of all blocks."""
     if budget is None:
         return
     state = sum(4 * t.elements_per_sample() for block in bundle.manifest.blocks for t in block.state())
-    runtime_info()  # the runtime is loaded: from here on the process is what it is before the first block
     need = rss_bytes() + state
     if need > budget:
         raise BudgetError(
@@ -261,8 +316,11 @@ def _check_fit(bundle: Bundle, budget: int | None) -> None:
 
 def _resume_notes(folder: Path, info: RunInfo, skipped: tuple[tuple[Path, str], ...]) -> list[str]:
     notes = [f"{path.name} is damaged ({reason}); the generation before it was used" for path, reason in skipped]
-    before = read_run(folder).runtime
+    before = read_run(folder)
     for key, value in info.runtime.items():
-        if before.get(key) != value:
-            notes.append(f"{key} was {before.get(key)} when {RUN} was written and is {value} now: bits may differ")
+        if before.runtime.get(key) != value:
+            was = before.runtime.get(key)
+            notes.append(f"{key} was {was} when {RUN} was written and is {value} now: bits may differ")
+    if before.micro_batches != info.micro_batches:
+        notes.append("the memory at hand is another than when the run was begun, so micro-batches are: bits may differ")
     return notes

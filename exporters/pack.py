@@ -16,6 +16,8 @@ from edgelocal import __version__
 from edgelocal.bundle import MANIFEST
 from edgelocal.errors import BundleError, ExportError, UsageError
 from edgelocal.exporters.guest import guest, network_errors
+from edgelocal.exporters.memory.optimise import Lean, optimise
+from edgelocal.exporters.onnx_accumulate import apply_graph, gradient_graph
 from edgelocal.exporters.onnx_inference import forward_graph, head_graph
 from edgelocal.exporters.onnx_step import ExportedGraph, step_graph
 from edgelocal.exporters.partition import partition
@@ -25,7 +27,16 @@ from edgelocal.exporters.units import check_composition, load_network
 from edgelocal.exporters.weights import load_weights
 from edgelocal.manifest import parse_manifest, render_manifest
 from edgelocal.onnx_wire import compose
-from edgelocal.spec import BlockSpec, FileSpec, GraphSpec, Manifest, TensorSpec
+from edgelocal.spec import (
+    AccumulationSpec,
+    BlockMemorySpec,
+    BlockSpec,
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    MemorySpec,
+    TensorSpec,
+)
 from edgelocal.store import atomic_write, staging
 from edgelocal.tensors import Array, TensorFormatError, encode
 
@@ -127,15 +138,18 @@ class _Writer:
         size = atomic_write(path, chunks)
         self.files[name] = FileSpec(size, digest.hexdigest())
 
-    def graph(self, name: str, graph: ExportedGraph) -> GraphSpec:
-        self.write(name, [graph.model.SerializeToString(deterministic=True)])
-        return GraphSpec(name, graph.inputs, graph.outputs)
+    def graph(self, name: str, graph: ExportedGraph, lean: Lean) -> GraphSpec:
+        """Write the lean form of a graph."""
+        self.write(name, [lean.model.SerializeToString(deterministic=True)])
+        return GraphSpec(
+            name, graph.inputs, graph.outputs, lean.structure, lean.in_place, nodes=len(lean.model.graph.node)
+        )
 
 
 def _write_block(
     writer: _Writer, block: LocalBlock, request: ExportRequest, shape: tuple[int, ...], dtype: torch.dtype
 ) -> BlockSpec:
-    place = f"blocks/{block.name}"
+    batch = request.defaults.batch
     step = step_graph(block, request.task, request.optimizer, shape, dtype)
     forward = forward_graph(block, shape, dtype)
     output = step.output("h")
@@ -144,19 +158,28 @@ def _write_block(
             f"block {block.name} puts out {output.shape} in training and {forward.output('h').shape} in inference; "
             "a unit must have one output shape"
         )
-    head = None
+    gradient = gradient_graph(block, request.task, shape, dtype)
+    graphs = {"step": step, "gradient": gradient, "apply": apply_graph(gradient, request.optimizer), "forward": forward}
     if block.auxiliary is not None:
-        head = writer.graph(f"{place}/head.onnx", head_graph(block, output.shape[1:]))  # type: ignore[arg-type]  # static
-    weights = f"{place}/weights.safetensors"
+        graphs["head"] = head_graph(block, output.shape[1:])  # type: ignore[arg-type]  # static
+    specs: dict[str, GraphSpec] = {}
+    memory: dict[str, MemorySpec] = {}
+    for name, graph in graphs.items():
+        lean = optimise(graph, batch)
+        memory[name] = lean.memory
+        specs[name] = writer.graph(f"blocks/{block.name}/{name}.onnx", graph, lean)
+    weights = f"blocks/{block.name}/weights.safetensors"
     writer.write(weights, _encoded(block, step.inputs))
     return BlockSpec(
         name=block.name,
         units=block.unit_names,
-        step=writer.graph(f"{place}/step.onnx", step),
-        forward=writer.graph(f"{place}/forward.onnx", forward),
-        head=head,
+        step=specs["step"],
+        forward=specs["forward"],
+        head=specs.get("head"),
         weights=weights,
         masks=step.masks,
+        accumulation=AccumulationSpec(specs["gradient"], specs["apply"]),
+        memory=BlockMemorySpec(**memory),
     )
 
 

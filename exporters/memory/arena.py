@@ -1,0 +1,85 @@
+"""Where ONNX Runtime's arena puts what it is asked for: the peak of memory touched, exactly as the allocator works.
+
+The arena is a best-fit allocator with coalescing (BFC): sizes are multiples of 256 bytes; free chunks lie in bins by
+powers of two, sorted by size and then address; a request takes the first chunk that is large enough, from the smallest
+bin on, and gives back what it does not need; a freed chunk joins its free neighbours. It is simulated as it is set up
+in `edgelocal.session`: all of the budgeted memory in one region, every remainder split off.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+ALIGNMENT = 256
+
+
+def rounded(size: int) -> int:
+    """What the arena sets aside for `size` bytes."""
+    return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
+
+
+class Arena:
+    """One region without end. `peak` is the highest address ever in use, in bytes."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self.used = 0
+        self._end = 0  # everything from here on is free and was never touched
+        self._bins: dict[int, list[tuple[int, int]]] = {}
+        self._free_at: dict[int, int] = {}  # start -> size of free chunks
+        self._free_end: dict[int, int] = {}  # end -> start of free chunks
+        self._taken: dict[int, int] = {}
+
+    def allocate(self, size: int) -> int:
+        """Set aside `size` bytes; returns the address."""
+        need = rounded(size)
+        start = self._take(need)
+        self._taken[start] = need
+        self.used += need
+        self.peak = max(self.peak, start + need)
+        return start
+
+    def free(self, start: int) -> None:
+        """Give back what `allocate` returned."""
+        size = self._taken.pop(start)
+        self.used -= size
+        if start in self._free_end:
+            before = self._free_end[start]
+            size += self._drop(before)
+            start = before
+        if start + size in self._free_at:
+            size += self._drop(start + size)
+        if start + size == self._end:
+            self._end = start
+        else:
+            self._add(start, size)
+
+    def _take(self, need: int) -> int:
+        for number in sorted(self._bins):
+            chunks = self._bins[number]
+            index = bisect_left(chunks, (need, 0))
+            if index < len(chunks):
+                size, start = chunks[index]
+                self._drop(start)
+                if size > need:
+                    self._add(start + need, size - need)
+                return start
+        start = self._end
+        self._end += need
+        return start
+
+    def _add(self, start: int, size: int) -> None:
+        insort(self._bins.setdefault(_bin(size), []), (size, start))
+        self._free_at[start] = size
+        self._free_end[start + size] = start
+
+    def _drop(self, start: int) -> int:
+        size = self._free_at.pop(start)
+        del self._free_end[start + size]
+        chunks = self._bins[_bin(size)]
+        del chunks[bisect_left(chunks, (size, start))]
+        return size
+
+
+def _bin(size: int) -> int:
+    return min((size // ALIGNMENT).bit_length() - 1, 20)

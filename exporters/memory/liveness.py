@@ -1,0 +1,170 @@
+"""The order in which ONNX Runtime allocates and frees the values of a graph that runs in the order of its nodes.
+
+As its planner does without memory reuse (`enable_mem_reuse=False`): a value is allocated when its node runs and freed
+after its last use; reshapes share the memory of their input; an elementwise result takes the place of an input of the
+same shape that nobody needs any more. Inputs and outputs of the graph are the caller's memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx
+
+from edgelocal.exporters.memory.arena import Arena
+from edgelocal.exporters.memory.shapes import Typed
+
+# Operators whose kernel on the CPU writes its result over its input (found by the runtime's profile; sums and products,
+# which could, do not).
+IN_PLACE = frozenset(("Relu", "Sigmoid", "Tanh", "LeakyRelu", "Elu", "HardSigmoid", "Softplus"))
+ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"))
+
+
+@dataclass(frozen=True)
+class Op:
+    """A node, taken apart once, because the search looks at it many times."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    proto: onnx.NodeProto
+
+    @classmethod
+    def of(cls, node: onnx.NodeProto) -> Op:
+        """The node's operator, inputs and outputs."""
+        return cls(node.op_type, tuple(node.input), tuple(node.output), node)
+
+
+Workspace = Callable[[Op], int]
+Event = tuple[str, str, int]  # "new" or "free", name of the buffer, index of the node
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What liveness needs to know of a graph, in the order of execution."""
+
+    ops: tuple[Op, ...]
+    types: Mapping[str, Typed]
+    outer: frozenset[str]  # inputs, outputs and constants: not allocated by a run
+
+
+def graph_of(model: onnx.ModelProto, types: Mapping[str, Typed]) -> Graph:
+    """The graph of a model whose nodes are in the order of execution."""
+    graph = model.graph
+    outer = frozenset(v.name for v in (*graph.input, *graph.output, *graph.initializer))
+    return Graph(tuple(map(Op.of, graph.node)), types, outer)
+
+
+def buffers(graph: Graph) -> Iterator[tuple[int, list[str], list[str]]]:
+    """For every node: its number, the buffers it allocates, and those freed after it. A buffer is named by the first
+    value in it."""
+    uses = Counter(name for op in graph.ops for name in op.inputs)
+    uses.update(graph.outer)
+    root = {name: name for name in graph.outer}
+    left: Counter[str] = Counter(dict.fromkeys(graph.outer, 1 << 30))
+    for number, op in enumerate(graph.ops):
+        new = []
+        for output in filter(None, op.outputs):
+            if output in graph.outer:
+                continue
+            shared = _shared(op, output, graph, root, left)
+            if shared is None:
+                new.append(output)
+                shared = output
+            root[output] = shared
+            left[shared] += uses[output]
+        for name in op.inputs:
+            if name:
+                left[root[name]] -= 1
+        touched = dict.fromkeys(root[n] for n in (*op.inputs, *op.outputs) if n)
+        dead = [name for name in touched if left[name] == 0]
+        for name in dead:
+            left[name] = -1
+        yield number, new, dead
+
+
+def _shared(op: Op, output: str, graph: Graph, root: Mapping[str, str], left: Mapping[str, int]) -> str | None:
+    """The buffer that `output` shares with an input, if it does."""
+    if op.kind in ALIASES:
+        return root[op.inputs[0]]
+    if op.kind in IN_PLACE and left[root[op.inputs[0]]] == 1 and _same(graph.types[op.inputs[0]], graph.types[output]):
+        return root[op.inputs[0]]
+    return None
+
+
+def _same(a: Typed, b: Typed) -> bool:
+    return a.dims == b.dims and a.size == b.size
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one run holds: the most bytes live at once and the number of the node there, the bytes the arena touches,
+    and a smooth stand-in for the most, that also falls when one of several peaks does."""
+
+    live: int
+    at: int
+    arena: int
+    smooth: float
+
+
+_SHARPNESS = 24  # the larger, the closer the smooth stand-in is to the maximum
+
+
+def usage(graph: Graph, batch: int, workspace: Workspace | None = None) -> Usage:
+    """Run the graph on the arena, without computing anything; `workspace` are bytes that an op needs while it runs."""
+    arena = Arena()
+    places: dict[str, int] = {}
+    most, at, total = 0, 0, 0.0
+    for number, new, dead in buffers(graph):
+        for name in new:
+            places[name] = arena.allocate(graph.types[name].size.at(batch))
+        scratch = workspace(graph.ops[number]) if workspace else 0
+        place = arena.allocate(scratch) if scratch else None
+        total += float(arena.used) ** _SHARPNESS
+        if arena.used > most:
+            most, at = arena.used, number
+        if place is not None:
+            arena.free(place)
+        for name in dead:
+            if name in places:
+                arena.free(places.pop(name))
+    return Usage(most, at, arena.peak, total ** (1 / _SHARPNESS))
+
+
+_ELEMENTWISE = frozenset(("Add", "Sub", "Mul", "Div"))
+
+
+def overwritable(graph: Graph, pairs: Mapping[str, str]) -> tuple[str, ...]:
+    """Those inputs of `pairs` (input -> output, its new value) that the output may be written over.
+
+    In any order of execution: every op that reads the input is one that the output is computed from, or the op that
+    writes it, element by element.
+    """
+    maker = {name: number for number, op in enumerate(graph.ops) for name in op.outputs}
+    readers: dict[str, set[int]] = {name: set() for name in pairs}
+    for number, op in enumerate(graph.ops):
+        for name in op.inputs:
+            if name in readers:
+                readers[name].add(number)
+    found = []
+    for name, output in pairs.items():
+        if output not in maker:
+            continue
+        last = maker[output]
+        plain = graph.ops[last].kind in _ELEMENTWISE or last not in readers[name]
+        if plain and readers[name] <= _ancestors(graph, last, maker) | {last}:
+            found.append(name)
+    return tuple(found)
+
+
+def _ancestors(graph: Graph, number: int, maker: Mapping[str, int]) -> set[int]:
+    """Numbers of the ops that op `number` is computed from."""
+    found: set[int] = set()
+    waiting = [number]
+    while waiting:
+        new = {maker[name] for name in graph.ops[waiting.pop()].inputs if name in maker} - found
+        found |= new
+        waiting += new
+    return found
