@@ -7,15 +7,19 @@ PIP := -m pip install --quiet --disable-pip-version-check
 PARALLEL := -n 2 --dist loadfile
 SUITE := -m pytest $(PARALLEL) device_tests/device -p no:cacheprovider -m "not slow and not kills"
 
-.PHONY: demo test setup lint device-suites slow clean
+# The page of `edgelocal report` is drawn by a real browser. Where one can be installed, the tests insist on it.
+BROWSER := $(strip $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name))))
+CAN_INSTALL := $(and $(filter 0,$(shell id -u)),$(shell command -v apt-get))
+
+.PHONY: demo test setup lint device-suites browser slow clean
 
 demo: $(VENV)/ready
 	rm -rf out/demo
 	mkdir -p out
 	$(BIN)/edgelocal demo --out out/demo
 
-test: lint device-suites
-	$(BIN)/python -m pytest $(PARALLEL)
+test: lint device-suites browser
+	$(if $(BROWSER)$(CAN_INSTALL),EDGELOCAL_REQUIRE_BROWSER=1) $(BIN)/python -m pytest $(PARALLEL)
 
 setup: $(VENV)/ready
 
@@ -29,6 +33,10 @@ lint: $(VENV)/ready
 device-suites: .venv-oldest/ready .venv-training/ready
 	.venv-oldest/bin/python $(SUITE)
 	.venv-training/bin/python $(SUITE)
+
+browser:
+	$(if $(BROWSER),,$(if $(CAN_INSTALL),@apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null))
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

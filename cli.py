@@ -140,6 +140,10 @@ def main() -> None:
     show_default=True,
     help="Default schedule; cosine ends at 0.",
 )
+@click.option(
+    "--memory-budget",
+    help="Bytes the process on the device may hold, such as 256MiB: choose the blocks that fit with the least compute.",
+)
 @click.option("--weights", type=FOLDER, help="Start from a .safetensors or .pt file (read weights-only).")
 @click.option("--partial-weights", is_flag=True, help="Take from --weights what fits, and report the rest.")
 @click.option("--seed", default=0, show_default=True, help="Of the initial weights.")
@@ -149,7 +153,7 @@ def export(network: str, out: Path, as_json: bool, **options: Any) -> None:
 
     NETWORK is a zoo name (resnet32, vgg11, vit, ...), package.module:callable, or file.py:callable.
     """
-    from edgelocal.inspect import bundle_table
+    from edgelocal.inspect import bundle_table, frontier_table
 
     _need_export_extra()
     from edgelocal.exporters.pack import export_bundle
@@ -157,7 +161,7 @@ def export(network: str, out: Path, as_json: bool, **options: Any) -> None:
 
     request = make_request(network, **options)
     result = export_bundle(request, out, _say(as_json))
-    _emit(result, as_json, bundle_table(result), f"wrote {out}")
+    _emit(result, as_json, bundle_table(result), *frontier_table(result), f"wrote {out}")
 
 
 @main.command()
@@ -166,10 +170,10 @@ def export(network: str, out: Path, as_json: bool, **options: Any) -> None:
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what is in BUNDLE."""
     from edgelocal.bundle import open_bundle
-    from edgelocal.inspect import bundle_table, describe_bundle
+    from edgelocal.inspect import bundle_table, describe_bundle, frontier_table
 
     info = describe_bundle(open_bundle(bundle).manifest)
-    _emit(info, as_json, bundle_table(info))
+    _emit(info, as_json, bundle_table(info), *frontier_table(info))
 
 
 @main.command()
@@ -185,6 +189,30 @@ def verify(bundle: Path, as_json: bool) -> None:
         as_json,
         f"{bundle}: {len(files)} files, all whole",
     )
+
+
+@main.command(short_help="What training BUNDLE would hold, and give up.")
+@click.argument("bundle", type=FOLDER)
+@click.option("--memory-budget", default="auto", show_default=True, help="256MiB, 1.5GB, 60%, or auto: 80%.")
+@click.option("--batch", type=click.IntRange(min=1), help="[default: the bundle's]")
+@click.option("--micro-batch", type=click.IntRange(min=1), help="Samples at a time.  [default: what fits the budget]")
+@click.option("--schedule", type=click.Choice(["interleaved", "sequential"]), default="interleaved", show_default=True)
+@click.option("--samples", type=click.IntRange(min=1), default=50000, show_default=True, help="To train on.")
+@click.option("--validate/--no-validate", default=True, show_default=True, help="Whether there is a test split.")
+@click.option("--augment/--no-augment", default=True, show_default=True, help="As the bundle says.")
+@click.option("--profile", help="Of a device: jetson-orin-nano-8gb, raspberry-pi-5-4gb, ...  [default: this machine]")
+@click.option("--threads", type=click.IntRange(1, 256), help="[default: the cores of the device]")
+@_json_option
+def plan(as_json: bool, **options: Any) -> None:
+    """Say what training BUNDLE would hold in memory, block by block, and what it would give up to fit.
+
+    The device's own arithmetic, on this machine or for another; no data is needed and nothing is loaded.
+    """
+    from edgelocal.plan_command import PlanRequest, plan_bundle
+    from edgelocal.plan_table import plan_lines, plan_table
+
+    result = plan_bundle(PlanRequest(**options))
+    _emit(result, as_json, plan_table(result), plan_lines(result))
 
 
 @main.command(short_help="Train BUNDLE, or continue.")
@@ -325,6 +353,34 @@ def demo(out: Path, memory_budget: str, as_json: bool) -> None:
 
     result = run_demo(out, memory_budget, _say(as_json))
     _emit(result, as_json, report_table(result["report"]), result["conclusion"])
+
+
+@main.group(short_help="Measure side by side with PyTorch.")
+def bench() -> None:
+    """Measurements side by side, each variant in a process of its own."""
+
+
+@bench.command("memory")
+@click.argument("network")
+@click.option("--input", "input_shape", default="3x32x32", show_default=True)
+@click.option("--classes", default=10, show_default=True)
+@click.option("--batch", default=128, show_default=True)
+@click.option("--steps", default=8, show_default=True, help="Timed steps a round.")
+@click.option("--rounds", default=3, show_default=True, help="Every variant once a round; medians are taken.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=FOLDER, help="Write the figures to this JSON file too.")
+@_json_option
+def bench_memory_command(
+    network: str, input_shape: str, rounds: int, out: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Memory and time of training NETWORK: PyTorch (plain, checkpointed, smaller batch) and edgelocal at budgets."""
+    _need_export_extra()
+    from edgelocal.exporters.bench.compare import bench_memory, bench_table
+    from edgelocal.exporters.bench.result import Setting
+
+    result = bench_memory(Setting(network, input_shape, **options), rounds, out, _say(as_json))
+    _emit(result, as_json, bench_table(result))
 
 
 def _say(as_json: bool) -> Callable[[str], None]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgelocal.augment import bernoulli_mask
 from edgelocal.bundle import Bundle
-from edgelocal.errors import DivergedError, UsageError
+from edgelocal.errors import BundleError, DivergedError, UsageError
 from edgelocal.graphs import GraphPool
 from edgelocal.pages import PageFile
 from edgelocal.session import Tensor
@@ -76,7 +76,8 @@ class Block:
 
         Raises:
             DivergedError: the loss is not finite; the state is not to be used any more.
-            BudgetError: no memory; the state is not to be used any more.
+            BundleError: the graph wants what nobody knows.
+            OverBudgetError: no memory; the state is not to be used any more.
         """
         state = self._load()
         masks = self._masks(x.batch, seed, number)
@@ -90,6 +91,8 @@ class Block:
                 "kept. Use a smaller --lr or a warm-up"
             )
         self._store(state)
+        if self._page is not None:
+            result.written_bytes += sum(tensor.array().nbytes for tensor in state.values())
         return result
 
     def forward(self, x: Tensor, *, release: bool = False) -> Tensor:
@@ -162,7 +165,13 @@ class Block:
         self, spec: GraphSpec, feeds: Values, state: dict[str, Tensor], given: Values, release: bool
     ) -> dict[str, Tensor]:
         """Run a graph and put the new state into `state`; `given` is memory for some of the outputs."""
-        inputs = [feeds[t.name] if t.name in feeds else state[t.name] for t in spec.inputs]
+        known = {**state, **feeds}
+        missing = [t.name for t in spec.inputs if t.name not in known]
+        if missing:
+            raise BundleError(
+                f"{spec.file} wants {missing[0]!r}, which is not known here; upgrade edgelocal, or export again"
+            )
+        inputs = [known[t.name] for t in spec.inputs]
         batch = feeds["x"].batch if "x" in feeds else 1
         safe = frozenset(f"new/{name}" for name in spec.in_place or ())
         results: dict[str, Tensor] = {}
@@ -218,7 +227,7 @@ def _scalars(values: Mapping[str, float]) -> dict[str, Tensor]:
 
 class StepResult:
     """Output for the next block, mean local loss, the metric sum of the batch, and the bytes of what the step wrote
-    outside of the runtime's own memory."""
+    outside of the runtime's own memory, the state it read from disk included."""
 
     def __init__(self, h: Tensor, loss: float, metric: float, written_bytes: int) -> None:
         self.h = h

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edgelocal.block import Block
 from edgelocal.config import TrainConfig
 from edgelocal.decode import DecodeError, decode, expect
 from edgelocal.errors import CheckpointError
@@ -58,7 +59,7 @@ class Progress:
 
 def capture(trainer: Trainer, metrics: Sequence[dict[str, Any]]) -> TrainingState:
     """The state of a training with the records of its epochs; shares the memory of the blocks' tensors."""
-    tensors = {f"{b.spec.name}:{name}": array for b in trainer.blocks for name, array in b.state().items()}
+    tensors = _States(trainer.blocks)
     progress = {
         "position": asdict(trainer.position),
         "scores": [asdict(m.score) for m in trainer.measures],
@@ -67,6 +68,27 @@ def capture(trainer: Trainer, metrics: Sequence[dict[str, Any]]) -> TrainingStat
         "metrics": list(metrics),
     }
     return TrainingState(progress, tensors)
+
+
+class _States(Mapping[str, Array]):
+    """The states of all blocks by "block:name"; of blocks on disk one at a time is in memory."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._places = {f"{b.spec.name}:{t.name}": (b, t.name) for b in blocks for t in b.spec.state()}
+        self._last: tuple[Block | None, dict[str, Array]] = (None, {})
+
+    def __getitem__(self, key: str) -> Array:
+        block, name = self._places[key]
+        if self._last[0] is not block:
+            self._last = None, {}
+            self._last = block, block.state()
+        return self._last[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def apply(progress: Progress, trainer: Trainer) -> None:

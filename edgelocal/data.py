@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,28 @@ _EXPECTED = (
     "class folders of images (or a .zip of them), CIFAR binary files, IDX files, an .npz with x and y, or x.npy and "
     "y.npy; train/ and test/ may hold each split"
 )
+
+
+class Sizes(Protocol):
+    """What `pipeline_bytes` asks of a dataset: any `Dataset`, or one that is only assumed."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """As `Dataset.resident_bytes`."""
+
+    @property
+    def sample_bytes(self) -> int:
+        """As `Dataset.sample_bytes`."""
+
+    @property
+    def labels(self) -> Labels:
+        """As `Dataset.labels`."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def reading_bytes(self, k: int) -> int:
+        """As `Dataset.reading_bytes`."""
 
 
 def open_dataset(
@@ -129,7 +151,7 @@ def prepare(
 
 
 def pipeline_bytes(
-    datasets: Sequence[Dataset],
+    datasets: Sequence[Sizes],
     batch: int,
     input: InputSpec,  # noqa: A002 - the manifest's word for it
     augment: AugmentSpec | None,
@@ -147,7 +169,7 @@ def pipeline_bytes(
     return sum(data.resident_bytes for data in datasets) + max(working) + _OVERHEAD
 
 
-def _batch_bytes(data: Dataset, batch: int, spec: InputSpec, augment: AugmentSpec | None) -> int:
+def _batch_bytes(data: Sizes, batch: int, spec: InputSpec, augment: AugmentSpec | None) -> int:
     """Peak while a batch is made; the last term of the first is the batch before, which the caller may still hold."""
     k = min(batch, len(data))
     raw = k * data.sample_bytes

@@ -31,6 +31,8 @@ def describe_bundle(manifest: Manifest) -> dict[str, Any]:
         "units": len(manifest.units),
         "versions": manifest.versions,
         "bytes": sum(f.size for f in manifest.files.values()),
+        "batch": manifest.defaults.batch,
+        "frontier": None if manifest.frontier is None else [vars(point) for point in manifest.frontier],
         "blocks": [_describe_block(manifest, block) for block in manifest.blocks],
     }
 
@@ -43,6 +45,8 @@ def _describe_block(manifest: Manifest, block: BlockSpec) -> dict[str, Any]:
         "input": list(block.step.inputs[0].shape),
         "output": list(block.step.outputs[0].shape),
         "parameters": count_parameters(block.step.inputs),
+        "depth": block.depth,
+        "macs": None if block.macs is None else vars(block.macs),
         "state_bytes": sum(t.elements_per_sample() * ITEM_BYTES[t.dtype] for t in block.state()),
         "file_bytes": sum(manifest.files[name].size for name in names),
     }
@@ -67,3 +71,52 @@ def bundle_table(info: dict[str, Any]) -> Table:
             format_size(block["state_bytes"]),
         )
     return table
+
+
+_NAMES = {
+    "bp": "back-propagation, one block",
+    "checkpointing": "back-propagation, checkpointed (estimate)",
+    "per-unit": "a block for every unit",
+    "linear": "linear classifiers, a block for every unit",
+}
+
+
+def frontier_table(info: dict[str, Any]) -> tuple[Table | str, ...]:
+    """Memory against compute: partitions, the chosen one marked, and what they are compared with; nothing for a bundle
+    that was exported without a budget."""
+    points = info["frontier"]
+    if not points:
+        return ()
+    plain = next(p for p in points if p["kind"] == "bp")
+    table = Table(title=f"memory against compute, batch {info['batch']}", title_justify="left")
+    for name in ("", "blocks", "working set", "of back-propagation", "training MACs a sample", "of back-propagation"):
+        table.add_column(name, justify="left" if not name else "right")
+    for point in sorted(points, key=lambda p: p["working_set_bytes"]):
+        name = _NAMES.get(point["kind"], "-> chosen" if point["chosen"] else "partition")
+        size, macs = point["working_set_bytes"], point["training_macs"]
+        table.add_row(
+            name,
+            str(point["blocks"]),
+            format_size(size),
+            f"{size / plain['working_set_bytes']:.2f}",
+            f"{macs / 1e6:,.1f} M",
+            f"{macs / plain['training_macs']:.2f}",
+        )
+    return table, _advice(points)
+
+
+def _advice(points: list[dict[str, Any]]) -> str:
+    """Where checkpointed back-propagation is the better choice, said plainly."""
+    chosen = next(p for p in points if p["chosen"])
+    kept = next(p for p in points if p["kind"] == "checkpointing")
+    if kept["working_set_bytes"] <= chosen["working_set_bytes"] and kept["training_macs"] <= chosen["training_macs"]:
+        return (
+            "checkpointed back-propagation would need no more memory and less compute than the chosen partition, and "
+            "learns as plain back-propagation does: on a device that runs PyTorch it is the better choice here"
+        )
+    if kept["training_macs"] < chosen["training_macs"]:
+        return (
+            "checkpointed back-propagation would need less compute, but "
+            f"{kept['working_set_bytes'] / chosen['working_set_bytes']:.1f} times the memory of the chosen partition"
+        )
+    return "the chosen partition needs less compute than checkpointed back-propagation"

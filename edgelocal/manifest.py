@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
 
 from edgelocal.decode import DecodeError, decode, expect, unique
 from edgelocal.errors import BundleError
@@ -41,8 +42,18 @@ SEAL = b'{"seal":"'
 
 def render_manifest(manifest: Manifest) -> bytes:
     """Manifest -> JSON bytes, stable for equal values."""
-    body = json.dumps(dataclasses.asdict(manifest), sort_keys=True, allow_nan=False, separators=(",", ":"))
+    body = json.dumps(_plain(manifest), sort_keys=True, allow_nan=False, separators=(",", ":"))
     return seal(body.encode())
+
+
+def _plain(value: Any) -> Any:
+    """JSON values; fields that may be left out are, where there is nothing to say."""
+    if dataclasses.is_dataclass(value):
+        own = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: _plain(v) for f, v in own if v is not None or f.default is not None}
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
 def seal(body: bytes) -> bytes:

@@ -36,7 +36,7 @@ class PageFile:
             make_folders(self.path.parent, DISK)
             with self.path.open("wb") as file:
                 for spec in self._specs:
-                    self.moved_bytes += file.write(memoryview(tensors[spec.name].reshape(-1).view(np.uint8)))
+                    self.moved_bytes += file.write(tensors[spec.name].reshape(-1).view(np.uint8).data)
 
     def read(self) -> dict[str, Array]:
         """All tensors.
@@ -48,7 +48,7 @@ class PageFile:
             found = {}
             for spec in self._specs:
                 array = np.empty(spec.resolve(1), dtype=spec.dtype)
-                view = memoryview(array.reshape(-1).view(np.uint8))
+                view = array.reshape(-1).view(np.uint8).data
                 if file.readinto(view) != len(view):
                     raise StorageError(
                         f"{self.path} ends within {spec.name}; check the medium, then start again: the run goes on "

@@ -4,41 +4,47 @@ What a process holds while block b works, above the idle process:
 
     state       parameters, optimizer slots and buffers: of all blocks, or of b alone where they are paged
     copies      what a step writes anew beside them (parameters that are still read, sums of gradients)
-    graphs      loaded graphs, of all blocks (equal structures once) or of as many as there is room for
+    graphs      loaded graphs, of all blocks (equal structures once) or the largest alone
     arena       activations, gradients, workspace: the memory model at the micro-batch
     in and out  the batch and the block's output for the next block
     data        what the data pipeline keeps
 
+The arena once touched stays, so the process's peak is its largest use by any block plus the most that lies beside it:
+
+    peak = idle + max over blocks (arena) + max(max over blocks (all but the arena), making a batch, passing one on)
+
 If not everything fits, the plan gives up, in this order: graphs that stay loaded, state that stays in memory, and last
-the whole batch at once (micro-batches, whose gradients add up; exact but for batch statistics).
+the whole batch at once (micro-batches, whose gradients add up; exact but for batch statistics). More memory never gives
+up more. The sums are in peaks.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from edgelocal.budget import format_size
 from edgelocal.errors import BudgetError
-from edgelocal.spec import AccumulationSpec, BlockMemorySpec, BlockSpec, GraphSpec, Manifest, TensorSpec, graph_bytes
+from edgelocal.needs import block_needs
+from edgelocal.peaks import RUNTIME_BYTES, Network, Pipeline, PipelineBytes
+from edgelocal.spec import Manifest
 
-RUNTIME_BYTES = 8 << 20  # code and tables of the runtime that its first steps touch (measured, docs/memory.md)
-ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1}
+__all__ = [
+    "RUNTIME_BYTES",
+    "BlockPlan",
+    "PipelineBytes",
+    "Plan",
+    "Thresholds",
+    "has_model",
+    "make_plan",
+    "make_thresholds",
+]
+
 KINDS = (
     *("parameters", "optimizer", "buffers", "gradients", "activations", "workspace"),
     *("input", "output", "runtime", "pipeline"),
 )
-
-
-@dataclass(frozen=True)
-class PipelineBytes:
-    """What the data pipeline holds: all the time, and at most while a batch is made (without the batch itself)."""
-
-    resident: int
-    making: int
 
 
 @dataclass(frozen=True)
@@ -116,39 +122,62 @@ def has_model(manifest: Manifest) -> bool:
     return all(b.memory is not None and b.accumulation is not None for b in manifest.blocks)
 
 
+@dataclass(frozen=True)
+class Thresholds:
+    """The smallest budgets, in bytes, from which on: everything is kept; only graphs are given up; only graphs and
+    states; and the smallest that trains at all."""
+
+    everything: int
+    states: int
+    batch: int
+    least: int
+
+
 def make_plan(
     manifest: Manifest,
     *,
     batch: int,
     schedule: str,
     idle_bytes: int,
-    pipeline: PipelineBytes,
+    pipeline: Pipeline,
     budget_bytes: int | None,
     validates: bool,
     micro_batch: int | None = None,
+    threads: int = 1,
 ) -> Plan:
     """The plan that gives up least.
 
     Args:
         micro_batch: an upper bound for all blocks.
         validates: whether the run also passes samples through the whole network.
+        threads: of each loaded graph.
 
     Raises:
         BudgetError: no plan fits; the message names the block, what it needs and the smallest budget that would do.
     """
-    most = min(batch, micro_batch or batch)
-    maker = _Maker(manifest.blocks, batch, schedule, idle_bytes, pipeline, budget_bytes, validates)
-    for mode in _MODES:
-        plan = maker.plan(mode, [most] * len(manifest.blocks))
-        if plan is not None:
-            return plan
-    micro = [_largest(partial(maker.fits, index), most) for index in range(len(manifest.blocks))]
-    # Blocks that fit alone may not fit in what the arena of another leaves: then all give way together.
-    for shrink in (1, 2, 4, 8, 16, 32, 64, most):
-        plan = maker.plan(_TIGHT, [max(1, n // shrink) for n in micro])
-        if plan is not None:
-            return plan
-    raise BudgetError(maker.refusal())
+    network = _network(manifest, batch, schedule, idle_bytes, pipeline, validates, micro_batch, threads)
+    plan = _least_given_up(network, budget_bytes)
+    if plan is None:
+        assert budget_bytes is not None, "without a budget everything is kept"
+        raise BudgetError(_refusal(network, budget_bytes))
+    return plan
+
+
+def make_thresholds(
+    manifest: Manifest,
+    *,
+    batch: int,
+    schedule: str,
+    idle_bytes: int,
+    pipeline: Pipeline,
+    validates: bool,
+    micro_batch: int | None = None,
+    threads: int = 1,
+) -> Thresholds:
+    """The budgets at which the plan gives something up; arguments as of `make_plan`."""
+    network = _network(manifest, batch, schedule, idle_bytes, pipeline, validates, micro_batch, threads)
+    kept, fewer, paged = (_plan(network, network.uncut, mode, None).peak_bytes for mode in (_ALL, _STATES, _NOTHING))
+    return Thresholds(kept, fewer, paged, network.least)
 
 
 @dataclass(frozen=True)
@@ -157,158 +186,100 @@ class _Mode:
     states: bool  # all states stay in memory
 
 
-_TIGHT = _Mode(graphs=False, states=False)
-_MODES = (_Mode(True, True), _Mode(False, True), _TIGHT)
+_ALL, _STATES, _NOTHING = _Mode(True, True), _Mode(False, True), _Mode(False, False)
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """The arithmetic for one network, batch and budget."""
+def _network(
+    manifest: Manifest,
+    batch: int,
+    schedule: str,
+    idle: int,
+    pipeline: Pipeline,
+    validates: bool,
+    micro_batch: int | None,
+    threads: int,
+) -> Network:
+    needs = tuple(block_needs(block) for block in manifest.blocks)
+    most = min(batch, micro_batch or batch)
 
-    blocks: tuple[BlockSpec, ...]
-    batch: int
-    schedule: str
-    idle: int
-    pipeline: PipelineBytes
-    budget: int | None
-    validates: bool
+    def pipeline_at(samples: int) -> PipelineBytes:
+        return pipeline(samples) if callable(pipeline) else pipeline
 
-    def plan(self, mode: _Mode, micro: Sequence[int]) -> Plan | None:
-        """The plan of a mode, or None where it does not fit."""
-        graphs = self._graph_bytes(mode, micro)
-        resident = self._resident(mode, micro, graphs)
-        blocks = tuple(self._block(i, n, resident, graphs) for i, n in enumerate(micro))
-        arena = self._arena(blocks)
-        # What the arena once touched stays: a batch is made, and a smaller block works, beside it.
-        beside = max(max(b.total - b.arena for b in blocks), self._between(resident, graphs))
-        peak = self.idle + arena + beside
-        if self.budget is not None and peak > self.budget:
-            return None
-        kept = None if mode.graphs else graphs
-        return Plan(self.batch, self.schedule, self.budget, self.idle, kept, blocks, arena, peak)
+    return Network(needs, batch, most, schedule, idle, pipeline_at, validates, threads)
 
-    def fits(self, index: int, micro: int) -> bool:
-        """Whether a block fits with nothing else in memory."""
-        graphs = self._graph_bytes(_TIGHT, [micro] * len(self.blocks))
-        return self.budget is None or self.idle + self._block(index, micro, frozenset(), graphs).total <= self.budget
 
-    def refusal(self) -> str:
-        """Why nothing fits, and what would."""
-        assert self.budget is not None
-        singly = [1] * len(self.blocks)
-        least = replace(self, budget=None).plan(_TIGHT, singly)
-        assert least is not None, "without a budget everything fits"
-        worst = max(least.blocks, key=lambda b: b.total)
-        smaller = _largest(lambda n: replace(self, batch=n).plan(_TIGHT, singly) is not None, self.batch)
-        advice = f"the largest --batch that fits is {smaller}" if smaller else "not even a single sample fits"
-        return (
-            f"block {worst.name} needs {format_size(self.idle + worst.total)} even if the batch of {self.batch} goes "
-            f"through it sample by sample ({format_size(self.idle)} of it the idle process), the budget is "
-            f"{format_size(self.budget)}; {advice}, and the smallest budget for this batch is "
-            f"{format_size(least.peak_bytes)} ({least.peak_bytes} bytes); raise --memory-budget, or export more blocks"
-        )
+def _least_given_up(network: Network, budget: int | None) -> Plan | None:
+    """The best plan that fits, None where none does."""
+    for mode in (_ALL, _STATES):
+        plan = _plan(network, network.uncut, mode, budget)
+        if budget is None or plan.peak_bytes <= budget:
+            return plan
+    for case in network.cases():
+        room = (budget or 0) - network.idle - case.beside
+        if room >= case.least:
+            return _plan(network, network.micro_batches(min(room, case.ceiling)), _NOTHING, budget)
+    return None
 
-    def _resident(self, mode: _Mode, micro: Sequence[int], graphs: int) -> frozenset[int]:
-        """Blocks whose state stays in memory: all, or the largest for which there is room beside the neediest block."""
-        if mode.states:
-            return frozenset(range(len(self.blocks)))
-        if self.budget is None:
-            return frozenset()
-        blocks = tuple(self._block(i, n, frozenset(), graphs) for i, n in enumerate(micro))
-        beside = max(max(b.total - b.arena for b in blocks), self._between(frozenset(), graphs))
-        room = self.budget - self.idle - self._arena(blocks) - beside
-        kept = set()
-        for index in sorted(range(len(self.blocks)), key=lambda i: -_state_bytes(self.blocks[i])):
-            if _state_bytes(self.blocks[index]) <= room:
-                kept.add(index)
-                room -= _state_bytes(self.blocks[index])
-        return frozenset(kept)
 
-    def _block(self, index: int, micro: int, resident: frozenset[int], graphs: int) -> BlockPlan:
-        spec = self.blocks[index]
-        memory, second = _model(spec)
-        whole = micro >= self.batch
-        model = memory.step if whole else memory.gradient
-        arena = model.arena_bytes(micro) if whole else max(model.arena_bytes(micro), memory.apply.arena_bytes(1))
-        if self.schedule == "sequential":
-            arena = max(arena, *(_model(b)[0].forward.arena_bytes(self.batch) for b in self.blocks[:index]), 0)
-        predicted = dict.fromkeys(KINDS, 0)
-        for number in {index, *resident}:
-            for tensor in self.blocks[number].state():
-                predicted[_STATE[tensor.kind]] += _bytes(tensor)
-        for tensor in _copies(spec.step if whole else second.gradient):
-            predicted[_STATE[tensor.name.split("/")[1]]] += _bytes(tensor)
-        if not whole:
-            predicted["gradients"] += sum(_bytes(t) for t in second.gradient.inputs if t.kind == "acc")
-        peak = model.peak(micro)
-        predicted["activations"] += peak.activations.at(micro)
-        predicted["gradients"] += peak.gradients.at(micro)
+def _plan(network: Network, micro: Sequence[int], mode: _Mode, budget: int | None) -> Plan:
+    """The plan with these micro-batches, whether it fits or not."""
+    graphs = network.graph_bytes(micro, every=mode.graphs)
+    arena = network.arena(micro)
+    resident: frozenset[int] = frozenset()
+    if mode.states:
+        resident = frozenset(range(len(network.needs)))
+    elif budget is not None:
+        resident = network.resident(micro, graphs, budget - network.idle - arena)
+    blocks = _blocks(network, micro, resident, graphs)
+    peak = network.idle + arena + network.beside(micro, graphs, resident)
+    kept = None if mode.graphs else graphs
+    return Plan(network.batch, network.schedule, budget, network.idle, kept, blocks, arena, peak)
+
+
+def _blocks(network: Network, micro: Sequence[int], resident: frozenset[int], graphs: int) -> tuple[BlockPlan, ...]:
+    batch = network.batch
+    kept = _sum(network.needs[i].state for i in resident)
+    runtime = {"runtime": RUNTIME_BYTES + graphs, "pipeline": network.pipeline.resident}
+    frozen, blocks = 0, []
+    for index, (needs, size) in enumerate(zip(network.needs, micro, strict=True)):
+        way = network.way(needs, size)
+        arena = max(way.arena(size), frozen)
+        if network.schedule == "sequential":
+            frozen = max(frozen, needs.forward_arena(batch))
+        peak = way.model.peak(size)
+        inside = {"activations": peak.activations.at(size), "gradients": peak.gradients.at(size)}
         # The rest of the arena is what kernels need and what lies waste between values.
-        predicted["workspace"] += arena - peak.activations.at(micro) - peak.gradients.at(micro)
-        predicted["input"] = sum(_bytes(t, self.batch) for t in spec.step.inputs if t.kind in ("", "rand"))
-        predicted["output"] = _bytes(spec.step.outputs[0], self.batch)
-        predicted["runtime"] = RUNTIME_BYTES + graphs
-        predicted["pipeline"] = self.pipeline.resident
-        return BlockPlan(
-            spec.name, min(micro, self.batch), -(-self.batch // micro), index in resident, predicted, arena
-        )
-
-    def _between(self, resident: frozenset[int], graphs: int) -> int:
-        """What is held, besides the arena, while a batch is made or passes through the network in inference mode."""
-        states = sum(_state_bytes(self.blocks[i]) for i in resident)
-        passing = 0
-        if self.validates or self.schedule == "sequential":
-            paged = [_state_bytes(b) for i, b in enumerate(self.blocks) if i not in resident]
-            ends = [(b.forward.inputs[0], b.forward.outputs[0]) for b in self.blocks]
-            passing = max(_bytes(x, self.batch) + _bytes(h, self.batch) for x, h in ends) + max(paged, default=0)
-        making = self.pipeline.making + _bytes(self.blocks[0].step.inputs[0], self.batch)
-        return states + RUNTIME_BYTES + graphs + self.pipeline.resident + max(making, passing)
-
-    def _arena(self, blocks: Sequence[BlockPlan]) -> int:
-        inference = 0
-        if self.validates:
-            models = [m for b in self.blocks for m in (_model(b)[0].forward, _model(b)[0].head) if m is not None]
-            inference = max(m.arena_bytes(self.batch) for m in models)
-        return max(inference, *(b.arena for b in blocks))
-
-    def _graph_bytes(self, mode: _Mode, micro: Sequence[int]) -> int:
-        """Bytes of the graphs that are loaded at once: all that the run uses, or the largest alone."""
-        used: list[GraphSpec] = []
-        for block, n in zip(self.blocks, micro, strict=True):
-            second = _model(block)[1]
-            used += [block.step] if n >= self.batch else [second.gradient, second.apply]
-            if self.validates or self.schedule == "sequential":
-                used += [block.forward, *([block.head] if block.head is not None else [])]
-        sizes = {graph.structure or graph.file: graph_bytes(graph) for graph in used}
-        return sum(sizes.values()) if mode.graphs else max(sizes.values())
+        inside["workspace"] = arena - sum(inside.values())
+        ends = {"input": needs.input.at(batch), "output": needs.output.at(batch)}
+        own = {} if index in resident else needs.state
+        predicted = _sum((kept, own, way.written, inside, ends, runtime))
+        blocks.append(BlockPlan(needs.spec.name, size, -(-batch // size), index in resident, predicted, arena))
+    return tuple(blocks)
 
 
-_STATE = {"param": "parameters", "opt": "optimizer", "buf": "buffers"}
+def _sum(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Bytes by kind, of every kind."""
+    total = dict.fromkeys(KINDS, 0)
+    for part in parts:
+        for kind, size in part.items():
+            total[kind] += size
+    return total
 
 
-def _model(block: BlockSpec) -> tuple[BlockMemorySpec, AccumulationSpec]:
-    assert block.memory is not None and block.accumulation is not None, "plans are for bundles with a memory model"
-    return block.memory, block.accumulation
-
-
-def _largest(holds: Callable[[int], bool], most: int) -> int:
-    """The largest n of 1 .. most for which it holds, 0 if for none; it holds for all smaller ones."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low
-
-
-def _copies(graph: GraphSpec) -> list[TensorSpec]:
-    """New values that a run writes beside the old ones."""
-    safe = {f"new/{name}" for name in graph.in_place or ()}
-    return [t for t in graph.outputs if t.name.startswith("new/") and t.name not in safe]
-
-
-def _state_bytes(block: BlockSpec) -> int:
-    return sum(_bytes(t) for t in block.state())
-
-
-def _bytes(tensor: TensorSpec, batch: int = 1) -> int:
-    return math.prod(tensor.resolve(batch)) * ITEM_BYTES[tensor.dtype]
+def _refusal(network: Network, budget: int) -> str:
+    """Why nothing fits, and what would."""
+    case = min(network.cases(), key=lambda c: c.total)
+    plan = _plan(network, network.micro_batches(min(case.least, case.ceiling)), _NOTHING, None)
+    worst = max(plan.blocks, key=lambda b: b.total)
+    need = network.idle + worst.total
+    apart = f"{format_size(network.idle)} of it the idle process"
+    if plan.peak_bytes > need:
+        apart += f", and {format_size(plan.peak_bytes - need)} more to make a batch or pass it through the network"
+    fitting = network.largest_batch(budget)
+    advice = f"the largest --batch that fits is {fitting}" if fitting else "not even a batch of one sample fits"
+    at_once = "the whole batch" if worst.accumulation == 1 else f"{worst.micro_batch} of {network.batch} samples"
+    return (
+        f"block {worst.name} needs {format_size(need)} with {at_once} at a time ({apart}), the budget is "
+        f"{format_size(budget)}; {advice}, and the smallest budget for this batch is {format_size(plan.peak_bytes)} "
+        f"({plan.peak_bytes} bytes); raise --memory-budget, lower --batch, or export more blocks"
+    )

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ REPORT = "report.json"
 def load_blocks(
     bundle: Bundle,
     threads: int,
-    tensors: dict[str, Array] | None,
+    tensors: Mapping[str, Array] | None,
     plan: Plan | None = None,
     page_folder: Path | None = None,
 ) -> list[Block]:

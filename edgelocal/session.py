@@ -28,7 +28,7 @@ from edgelocal.doctor import advice
 from edgelocal.errors import BundleError, EdgelocalError, OverBudgetError, RuntimeMissingError
 from edgelocal.onnx_scan import scan
 from edgelocal.protobuf import BYTES, VARINT, render
-from edgelocal.spec import BATCH, GraphSpec, TensorSpec
+from edgelocal.spec import ARENA_TABLE, BATCH, GraphSpec, TensorSpec
 from edgelocal.tensors import Array
 
 GRAPH_LEVEL = "none"
@@ -108,28 +108,36 @@ _arena_bytes: int | None = None
 
 
 def reserve(arena_bytes: int, limit_bytes: int | None = None) -> None:
-    """Set up the arena of the process, once: a region of `arena_bytes`, which may grow up to `limit_bytes` in all.
+    """Set up the arena of the process, once, for runs that need `arena_bytes`; it may grow up to `limit_bytes` in all.
 
-    Address space is taken now, memory when a run touches it. A process has one arena: later calls change nothing.
+    Both are bytes of memory, the arena's table included (`MemorySpec.arena_bytes`). The region is twice as large as what
+    runs need in it: its untouched rest is a free chunk like any other, and taken first where it is the smallest that
+    fits; while it is the largest, values lie where the exporter's simulation puts them, and the rest stays untouched.
+    A run takes the address space and touches what it uses. A process has one arena: later calls change nothing.
     """
     global _arena_bytes
     if _arena_bytes is not None:
         return
     start()
     ort = runtime()
-    region = max(_UNPLANNED, min(arena_bytes, _LARGEST_REGION) // 256 * 256)
+    region = max(_UNPLANNED, min(2 * _without_table(arena_bytes), _LARGEST_REGION))
     settings = {
         "arena_extend_strategy": 0,
         "max_dead_bytes_per_chunk": 256,  # every remainder is split off, or half of the memory would lie waste
         # The first region is never given back, the second, whose size is the `growth` once the arena was shrunk, is.
         "initial_chunk_size_bytes": 256,
         "initial_growth_chunk_size_bytes": region,
-        "max_mem": max(limit_bytes or 0, region) + (1 << 20) if limit_bytes is not None else 0,
+        "max_mem": max(_without_table(limit_bytes), region) + (1 << 20) if limit_bytes is not None else 0,
     }
     place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(place, ort.OrtArenaCfg(settings))
     _arena_bytes = region
     _run_tiny(shared=True)  # and give back what it took: from then on the arena grows by its second setting
+
+
+def _without_table(size: int) -> int:
+    """What an arena of `size` bytes has for values: its chunks are of 256 bytes, its table is memory beside them."""
+    return size * ARENA_TABLE // (ARENA_TABLE + 1) // 256 * 256
 
 
 def _run_tiny(*, shared: bool) -> None:
@@ -193,8 +201,15 @@ class Tensor:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """Memory for a result."""
-        return cls(np.empty(shape, dtype=dtype))
+        """Memory for a result.
+
+        Raises:
+            OverBudgetError: the system has none.
+        """
+        try:
+            return cls(np.empty(shape, dtype=dtype))
+        except MemoryError as error:
+            raise OverBudgetError(f"out of memory ({error}); use a smaller --batch or more blocks") from None
 
     @property
     def batch(self) -> int:

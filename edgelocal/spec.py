@@ -13,6 +13,9 @@ SCHEMA = 2
 FORMAT = "edgelocal-bundle"
 BATCH = "N"
 ARENA_MARGIN = 1.03
+# The runtime's arena keeps a table of 8 bytes for every 256 bytes of its region, which is twice what values take (see
+# `edgelocal.session.reserve`): a 16th of that.
+ARENA_TABLE = 16
 GRAPH_BYTES, NODE_BYTES, UNKNOWN_NODES = 192 << 10, 4608, 1000
 LOSSES = ("cross_entropy", "bce", "mse")
 PAD_MODES = ("reflect", "zero")
@@ -111,7 +114,13 @@ class MemorySpec:
         return max(self.peaks, key=lambda p: p.at(batch))
 
     def arena_bytes(self, batch: int) -> int:
-        """Bytes the arena needs for a run on `batch` samples; between and beyond the known batches with a margin."""
+        """Bytes the arena needs for a run on `batch` samples, its table included; between and beyond the known batches
+        with a margin."""
+        used = self._used_bytes(batch)
+        return used + -(-used // ARENA_TABLE)
+
+    def _used_bytes(self, batch: int) -> int:
+        """Without the table."""
         above = bisect_left(self.arena, (batch,))
         if above < len(self.arena) and self.arena[above][0] == batch:
             return self.arena[above][1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from edgelocal.decode import unique
 from edgelocal.errors import CheckpointError, DivergedError
-from edgelocal.tensors import Array, TensorFormatError, decode, encode
+from edgelocal.tensors import Array, Chunks, TensorFormatError, decode, encode
 
 FORMAT = "edgelocal-checkpoint"
 VERSION = 1
@@ -41,11 +42,12 @@ class TrainingState:
     """
 
     progress: dict[str, Any]
-    tensors: dict[str, Array]
+    tensors: Mapping[str, Array]
 
 
-def encode_state(state: TrainingState, fingerprint: str) -> list[bytes | memoryview]:
-    """The chunks of a checkpoint. They share the tensors' memory, which must not change until they are written.
+def encode_state(state: TrainingState, fingerprint: str) -> Chunks:
+    """The chunks of a checkpoint. They share the tensors' memory, which must not change until they are written; tensors
+    that are made when asked for are asked for one at a time.
 
     Size: tensor bytes + progress + about 100 bytes a tensor + 300.
 
@@ -64,11 +66,11 @@ def encode_state(state: TrainingState, fingerprint: str) -> list[bytes | memoryv
         "fingerprint": fingerprint,
         "progress": _progress_text(state.progress),
     }
-    chunks = [*encode(state.tensors, metadata), MAGIC]
+    chunks = encode(state.tensors, metadata).followed_by(MAGIC)
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
-    return [*chunks, digest.digest()]
+    return chunks.followed_by(digest.digest())
 
 
 def decode_state(data: bytes | memoryview, fingerprint: str) -> TrainingState:

@@ -19,6 +19,7 @@ from pathlib import Path
 from edgelocal.disk import DISK, Disk, NotRegularError, reason, storage_error, storage_errors
 from edgelocal.errors import CheckpointError, UsageError
 from edgelocal.state import DamagedCheckpointError, TrainingState, decode_state
+from edgelocal.tensors import Chunks
 
 KEPT_GENERATIONS = 2
 _GENERATION = re.compile(r"([0-9]{8,})\.ckpt")
@@ -29,17 +30,18 @@ _DISK_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO
 def atomic_write(path: Path, chunks: Iterable[bytes | memoryview], disk: Disk = DISK) -> int:
     """Write a file so that after any failure `path` holds its old or its new content, whole; returns its bytes.
 
-    When this returns the file survives a power cut. Peak memory: the chunks.
+    When this returns the file survives a power cut. Peak memory: the chunks; of `Chunks` one at a time.
 
     Raises:
         StorageError: the system refused an operation; the message gives path, reason, bytes needed and free.
     """
-    views = [memoryview(chunk).cast("B") for chunk in chunks if memoryview(chunk).nbytes]
-    size = sum(view.nbytes for view in views)
+    if not isinstance(chunks, Chunks):
+        chunks = list(chunks)
+    size = chunks.nbytes if isinstance(chunks, Chunks) else sum(memoryview(chunk).nbytes for chunk in chunks)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path, disk, f"{size} bytes needed"):
         try:
-            _write_file(temporary, views, disk)
+            _write_file(temporary, chunks, disk)
             disk.rename(temporary, path)
         except BaseException:
             # The first error is the one to report; a temporary that stays is removed when the store is next opened.
@@ -244,10 +246,11 @@ def make_folders(folder: Path, disk: Disk = DISK) -> None:
             _sync(path.parent, disk)
 
 
-def _write_file(path: Path, views: list[memoryview], disk: Disk) -> None:
+def _write_file(path: Path, chunks: Iterable[bytes | memoryview], disk: Disk) -> None:
     descriptor = disk.create(path)
     try:
-        for view in views:
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B") if len(chunk) else memoryview(b"")
             while view.nbytes:
                 taken = disk.write(descriptor, view)
                 if taken <= 0:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, overload
 
 import numpy as np
 
@@ -45,24 +45,62 @@ class TensorFormatError(ValueError):
     """The bytes are not a well-formed safetensors file, or the arrays cannot be written as one."""
 
 
-def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
-    """Arrays and string metadata -> the chunks of a file: its head, then one flat byte view per tensor.
+class Chunks(Sequence[bytes | memoryview]):
+    """The chunks of a file: its head, then one flat byte view per tensor, made when it is asked for.
+
+    `nbytes` is the size of the file; `tail` are chunks behind the tensors.
+    """
+
+    def __init__(
+        self, head: bytes, tensors: Mapping[str, Array], names: Sequence[str], nbytes: int, tail: tuple[bytes, ...] = ()
+    ) -> None:
+        self.nbytes = nbytes + sum(map(len, tail))
+        self._head, self._tensors, self._names, self._size, self._tail = head, tensors, names, nbytes, tail
+
+    def __len__(self) -> int:
+        return 1 + len(self._names) + len(self._tail)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes | memoryview: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes | memoryview]: ...
+    def __getitem__(self, index: int | slice) -> bytes | memoryview | list[bytes | memoryview]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index == 0:
+            return self._head
+        if index <= len(self._names):
+            return _flat_bytes(self._tensors[self._names[index - 1]])
+        return self._tail[index - 1 - len(self._names)]
+
+    def followed_by(self, *tail: bytes) -> Chunks:
+        """These chunks and more behind them."""
+        return Chunks(self._head, self._tensors, self._names, self._size, (*self._tail, *tail))
+
+
+def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> Chunks:
+    """Arrays and string metadata -> the chunks of a file.
 
     A view shares the memory of its array, so arrays must not change until the chunks are written. Only an array that
-    is not contiguous or not little-endian is copied.
+    is not contiguous or not little-endian is copied. A mapping that makes its arrays when asked is asked for one at a
+    time, so no more than that is in memory.
 
     Raises:
         TensorFormatError: an unsupported dtype, or a name, rank, count or header over its cap.
     """
     if len(tensors) > MAX_TENSORS:
         raise TensorFormatError(f"{len(tensors)} tensors, at most {MAX_TENSORS} can be written to one file")
-    items = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    widths = {name: array.dtype.itemsize for name, array in tensors.items()}
+    names = sorted(widths, key=lambda name: (-widths[name], name))
     header: dict[str, Any] = {METADATA_KEY: _check_metadata(dict(metadata))} if metadata else {}
     begin = 0
-    for name, array in items:
+    for name in names:
+        array = tensors[name]
         header[name] = _describe(name, array, begin)
         begin += array.nbytes
-    return [_head(header), *(_flat_bytes(array) for _, array in items)]
+    head = _head(header)
+    return Chunks(head, tensors, names, len(head) + begin)
 
 
 def decode(data: bytes | memoryview) -> tuple[dict[str, Array], dict[str, str]]:

@@ -15,15 +15,17 @@ import torch
 from edgelocal import __version__
 from edgelocal.bundle import MANIFEST
 from edgelocal.errors import BundleError, ExportError, UsageError
+from edgelocal.exporters.fit import Fit, fit
 from edgelocal.exporters.guest import guest, network_errors
+from edgelocal.exporters.macs import Counter, block_macs
 from edgelocal.exporters.memory.optimise import Lean, optimise
 from edgelocal.exporters.onnx_accumulate import apply_graph, gradient_graph
 from edgelocal.exporters.onnx_inference import forward_graph, head_graph
 from edgelocal.exporters.onnx_step import ExportedGraph, step_graph
 from edgelocal.exporters.partition import partition
 from edgelocal.exporters.request import ExportRequest
-from edgelocal.exporters.rules import LocalBlock, build_blocks
-from edgelocal.exporters.units import check_composition, load_network
+from edgelocal.exporters.rules import LocalBlock, build_blocks, find
+from edgelocal.exporters.units import Network, check_composition, load_network
 from edgelocal.exporters.weights import load_weights
 from edgelocal.manifest import parse_manifest, render_manifest
 from edgelocal.onnx_wire import compose
@@ -35,6 +37,7 @@ from edgelocal.spec import (
     GraphSpec,
     Manifest,
     MemorySpec,
+    RuleSpec,
     TensorSpec,
 )
 from edgelocal.store import atomic_write, staging
@@ -73,15 +76,18 @@ def _write(request: ExportRequest, folder: Path, say: Say) -> dict[str, Any]:
     check_composition(network)
     tail = _tail(request.rule.tail)
     with network_errors(f"{network.name}: a trial run in training mode"):
-        cut = partition(network, blocks=request.blocks, rule=request.rule.name, depth=request.rule.depth, tail=tail)
-    blocks = build_blocks(network, request.rule, cut, request.seed)
+        found = _partitioned(network, request, tail, say)
+    blocks = build_blocks(network, request.rule, found.cut, request.seed, found.depths)
+    depths = found.depths or _rule_depths(request.rule, len(blocks))
+    counter = Counter()
     writer = _Writer(folder)
     specs: list[BlockSpec] = []
     shape = tuple(request.input.shape)
     for block in blocks:
         say(f"block {block.name} of {len(blocks)}: {', '.join(block.unit_names)}")
         spec = _write_block(writer, block, request, shape, dtype)
-        specs.append(spec)
+        depth = depths[len(specs)] if len(specs) < len(depths) else None
+        specs.append(replace(spec, macs=block_macs(block, shape, dtype, counter), depth=depth))
         shape = spec.step.outputs[0].shape[1:]  # type: ignore[assignment]  # only the first dimension is symbolic
         dtype = getattr(torch, spec.step.outputs[0].dtype)
     predict = _write_predict(writer, specs)
@@ -99,9 +105,22 @@ def _write(request: ExportRequest, folder: Path, say: Say) -> dict[str, Any]:
         predict=predict,
         versions={"edgelocal": __version__, **{name: version(name) for name in ("torch", "onnx")}},
         files=writer.files,
+        frontier=found.frontier or None,
     )
     atomic_write(folder / MANIFEST, [_acceptable(manifest)])
     return summary(manifest) | {"weights": notes}
+
+
+def _partitioned(network: Network, request: ExportRequest, tail: Literal["merge", "all"], say: Say) -> Fit:
+    if request.budget_bytes is not None:
+        return fit(network, request, request.budget_bytes, say)
+    cut = partition(network, blocks=request.blocks, rule=request.rule.name, depth=request.rule.depth, tail=tail)
+    return Fit(cut, None, ())
+
+
+def _rule_depths(rule: RuleSpec, blocks: int) -> tuple[int | None, ...]:
+    wanted = find(rule.name).depths
+    return wanted(blocks, rule) if wanted is not None else ()
 
 
 def _acceptable(manifest: Manifest) -> bytes:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgelocal.budget import parse_size
 from edgelocal.errors import UsageError
 from edgelocal.exporters.optimizers import MAX_FLOAT, Optimizer, make_optimizer
 from edgelocal.exporters.partition import Blocks
@@ -43,6 +44,7 @@ class ExportRequest:
     weights: Path | None
     partial_weights: bool
     seed: int
+    budget_bytes: int | None = None
 
     def check(self) -> None:
         """Raise UsageError for the first value out of range."""
@@ -122,6 +124,7 @@ def make_request(
     weights: Path | None,
     partial_weights: bool,
     seed: int,
+    memory_budget: str | None = None,
 ) -> ExportRequest:
     """Parse the text options.
 
@@ -142,6 +145,7 @@ def make_request(
         weights=weights,
         partial_weights=partial_weights,
         seed=seed,
+        budget_bytes=None if memory_budget is None else parse_memory_budget(memory_budget, blocks),
     )
 
 
@@ -165,6 +169,15 @@ def parse_blocks(text: str) -> Blocks:
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
         raise UsageError(f"--blocks {_shown(text)}: write a number from 1 to 999999999, auto or per-unit")
     return int(text)
+
+
+def parse_memory_budget(text: str, blocks: str) -> int:
+    """Bytes of --memory-budget, which decides the blocks itself."""
+    if blocks != "auto":
+        raise UsageError(f"--memory-budget chooses the blocks: leave --blocks {_shown(blocks)} out, or the budget")
+    if "%" in text or text.strip().lower() == "auto":
+        raise UsageError(f"--memory-budget {_shown(text)}: the device is not known here; write a size, such as 256MiB")
+    return parse_size(text)
 
 
 def parse_normalization(

@@ -72,7 +72,7 @@ def config(**changes: Any) -> TrainConfig:
         "schedule": "interleaved",
         "seed": 1,
         "augment": False,
-        "cache": False,
+        "cache": "off",
         "hyper": {},
     }
     return TrainConfig(**(values | changes))

@@ -129,7 +129,7 @@ CASES: dict[str, tuple[Prepare, int, str]] = {
     "no epochs": (lambda f: train(f, "--epochs", 0), 2, "epochs is 0"),
     "learning rate that is none": (lambda f: train(f, "--lr", "nan"), 2, "lr is nan"),
     "unknown hyper-parameter": (lambda f: train(f, "--hyper", "beta3=1"), 2, "beta3"),
-    "cache while interleaved": (lambda f: train(f, "--cache"), 2, "sequential"),
+    "cache while interleaved": (lambda f: train(f, "--cache", "float32"), 2, "sequential"),
     "nothing to continue": (lambda f: train(f, "--resume", "must"), 2, "no run to continue"),
     "eval of no run": (lambda f: ["eval", f, "--data", f], 4, "is not a run"),
     "finish of no run": (lambda f: ["finish", f, "--out", f / "model"], 4, "is not a run"),

@@ -112,5 +112,6 @@ def test_only_the_store_writes_what_must_last() -> None:
     assert writes(PACKAGE / "disk.py") >= {"fsync"}
     assert writers == {
         "cache.py": {"mkdir", "open"},  # its file need not outlive the process
+        "pages.py": {"open"},  # nor its
         "budget.py": {"write_text"},  # /proc/self/clear_refs
     }

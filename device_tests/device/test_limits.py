@@ -43,7 +43,7 @@ def test_a_budget_met_in_the_middle_ends_with_3_and_the_last_commit(
     budget = (report["process_peak_bytes"] - 20 * MIB) // MIB * MIB
     given = ["train", RESIDUAL, "--data", folder / "d.npz", "--out", tmp_path / "run", *options]
     result = answer(*given, "--memory-budget", f"{budget // MIB}MiB", code=3)
-    assert result["kind"] == "BudgetError"
+    assert result["kind"] == "OverBudgetError"
     assert f"at its peak, the budget is {format_size(budget)}; use a smaller --batch" in result["error"]
     assert last_state(tmp_path / "run")[0]["position"]["steps"] < 2
     again = answer(*given, "--memory-budget", "8GiB")  # the budget decides no bits, so it may change
@@ -77,7 +77,7 @@ def test_a_cache_that_does_not_fit_the_disk_is_refused_and_the_run_goes_on_witho
     tmp_path: Path,
 ) -> None:
     write_data(tmp_path / "d.npz", RESIDUAL, samples=600)  # 600 * 256 bytes of block output, 60 KiB of checkpoint
-    given = train(tmp_path, "--schedule", "sequential", "--cache", "--no-augment", "--epochs", 1, *CONSTANT)
+    given = train(tmp_path, "--schedule", "sequential", "--cache", "float32", "--no-augment", "--epochs", 1, *CONSTANT)
     code, result = limited(100_000, *given)
     assert (code, result["kind"]) == (8, "StorageError")
     assert "no room for a cache of 153600 bytes" in result["error"]

@@ -280,7 +280,7 @@ def test_what_may_not_be_read_says_so() -> None:
 def folder_of(tmp_path: Path) -> RunFolder:
     data = write_data(tmp_path / "d.npz", RESIDUAL)
     training = trainer(RESIDUAL, data)
-    info: RunInfo = describe_run(open_bundle(RESIDUAL), training.train, data, config(), None)
+    info: RunInfo = describe_run(open_bundle(RESIDUAL), training.train, data, config(), None, None)
     (tmp_path / "run").mkdir()
     return RunFolder(tmp_path / "run", info)
 

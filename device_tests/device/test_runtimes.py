@@ -14,6 +14,7 @@ import numpy as np
 from device_tests.device.golden_steps import EXPECTED, LR, batches
 from edgelocal.block import Block
 from edgelocal.bundle import open_bundle
+from edgelocal.graphs import GraphPool
 from edgelocal.session import Tensor, runtime_info
 
 RESIDUAL = Path(__file__).parent / "golden" / "residual"
@@ -21,7 +22,8 @@ RESIDUAL = Path(__file__).parent / "golden" / "residual"
 
 def test_twenty_steps_agree_with_the_float64_oracle() -> None:
     bundle = open_bundle(RESIDUAL)
-    blocks = [Block(bundle, index, 2) for index in range(len(bundle.manifest.blocks))]
+    graphs = GraphPool(bundle, 2)
+    blocks = [Block(bundle, index, graphs) for index in range(len(bundle.manifest.blocks))]
     hyper = {"lr": LR, **bundle.manifest.optimizer.hyper}
     expected = np.asarray(json.loads(EXPECTED.read_text())["losses"])
     found = []

@@ -77,7 +77,7 @@ def test_a_frozen_block_does_not_change(data: Path) -> None:
 def test_a_cache_of_outputs_gives_the_same_training(data: Path, tmp_path: Path) -> None:
     plain, _ = trained(data, schedule="sequential")
     found = trainer(RESIDUAL, data, tmp_path / "cache", schedule="sequential")
-    found.config = replace(found.config, cache=True)
+    found.config = replace(found.config, cache="float32")
     found.run(Recorder())
     state = state_of(found.blocks)
     for name, array in plain.items():
@@ -114,7 +114,7 @@ def test_a_stop_at_any_chance_loses_nothing(data: Path, tmp_path: Path) -> None:
 
     def fresh() -> Trainer:
         found = trainer(RESIDUAL, data, tmp_path / "cache", schedule="sequential", epochs=1, lr_schedule="constant")
-        found.config = replace(found.config, cache=True)
+        found.config = replace(found.config, cache="float32")
         return found
 
     whole, watcher = fresh(), Recorder()

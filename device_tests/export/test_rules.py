@@ -197,6 +197,35 @@ def test_auxiliaries_are_drawn_from_the_seed_each_apart() -> None:
     assert not torch.equal(weights[0], dict(first[3].named_parameters())[key])
 
 
+def test_depths_can_be_given() -> None:
+    cut = (range(5), range(5, 10), range(10, 16))
+    own = build_blocks(resnet32(), auglocal(4), cut, seed=0, depths=(2, 3))
+    assert [len(block.auxiliary) - 1 for block in own if isinstance(block.auxiliary, nn.Sequential)] == [2, 3]
+    chosen = build_blocks(resnet32(), auglocal(4, 0.5), cut, seed=0)
+    same = build_blocks(resnet32(), auglocal(4, 0.5), cut, seed=0, depths=depths(3, 4, 0.5, 1))
+    for one, other in zip(chosen, same, strict=True):
+        state = one.state_dict()
+        assert state.keys() == other.state_dict().keys()
+        assert all(torch.equal(state[key], value) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("rule", "chosen", "message"),
+    [
+        (auglocal(2), (2,), r"found the auxiliary depths \[2\], expected 2 of at least 1, one for every block but"),
+        (auglocal(2), (2, 2, 2), r"expected 2 of at least 1"),
+        (auglocal(2), (2, 0), r"\[2, 0\], expected 2 of at least 1"),
+        (auglocal(2, tau=1.5), (2, 1), "0 <= tau <= 1"),
+        (RuleSpec("linear", 1, 0.5, 1, "all"), (1, 1), "auxiliary networks of rule linear have no depth"),
+    ],
+)
+def test_depths_that_do_not_go_with_the_blocks_are_refused(
+    rule: RuleSpec, chosen: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_blocks(resnet32(), rule, (range(5), range(5, 10), range(10, 16)), seed=0, depths=chosen)
+
+
 def test_bp_is_the_network_itself() -> None:
     network = load_network("resnet8", (3, 16, 16), 10, seed=0)
     (block,) = build_blocks(network, RuleSpec("bp", 1, 0.5, 1, "all"), (range(4),), seed=0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from edgelocal.report.svg import Markup, join, line, tag, text
 
 WIDTH = 460
-CHARACTER = 6.8  # width of a character of the charts' font size, on average
+CHARACTER = 8.6  # width of a character at the charts' largest font size, on average
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,24 @@ def x_axis(
 def y_axis(
     scale: Scale, values: Sequence[float], label: Callable[[float], str], title: str, left: float, right: float
 ) -> Markup:
-    """Horizontal grid lines from `left` to `right` with their labels, and the title of the axis, above."""
+    """Horizontal grid lines from `left` to `right` with their labels, and the title of the axis, at the top."""
     parts: list[str] = []
     for value in values:
         place = scale(value)
         parts += [line(left, place, right, place, "grid"), text(left - 7, place + 4, label(value), "end", "tick")]
-    return join([*parts, text(2, min(scale.start, scale.end) - 12, title, class_="axis")])
+    return join([*parts, text(2, 14, title, class_="axis")])
 
 
-def drawing(height: float, label: str, *parts: str) -> Markup:
-    """The svg element with its description for those who cannot see it."""
-    return tag(
+class Drawing(NamedTuple):
+    """An svg element, and its height in the units of `WIDTH`."""
+
+    height: float
+    svg: Markup
+
+
+def drawing(height: float, label: str, *parts: str) -> Drawing:
+    """The parts as one element, with a description for those who cannot see it."""
+    svg = tag(
         "svg",
         *parts,
         xmlns="http://www.w3.org/2000/svg",
@@ -100,6 +108,7 @@ def drawing(height: float, label: str, *parts: str) -> Markup:
         role="img",
         aria_label=label,
     )
+    return Drawing(height, svg)
 
 
 def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -23,7 +23,7 @@ from edgelocal.report.figure import Figure, Rows
 from edgelocal.report.model import Epoch, Report
 from edgelocal.report.svg import Markup, circle, join, line, polyline, rect, tag, text
 
-LEFT, TOP, BOTTOM = 58, 40, 250
+LEFT, TOP, BOTTOM = 58, 28, 240
 FEW = 10  # so many lines can be named at their ends
 LOG_FROM = 12  # largest over smallest loss from which equal ratios get equal heights
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from edgelocal.report.axes import Drawing
 from edgelocal.report.svg import Markup, escape, join, tag
 
 Rows = Sequence[Sequence[str]]
@@ -20,11 +21,16 @@ class Figure:
 
     name: str
     title: str
-    drawing: Markup | None
+    drawing: Drawing | None
     empty: str = ""
     legend: Sequence[tuple[str, str]] = ()
     remarks: Sequence[str] = ()
     table: Rows = field(default=())
+
+    @property
+    def height(self) -> float:
+        """About how high it is on a wide page, to balance columns."""
+        return 1.17 * self.drawing.height + 130 if self.drawing else 150
 
     def html(self) -> Markup:
         """The figure element, with the id "chart-" + name."""
@@ -34,7 +40,7 @@ class Figure:
         else:
             if self.legend:
                 parts.append(tag("ul", *(_entry(*entry) for entry in self.legend), class_="legend"))
-            parts.append(self.drawing)
+            parts.append(self.drawing.svg)
         parts += [tag("p", remark, class_="remark") for remark in self.remarks]
         if len(self.table) > 1:
             parts.append(tag("details", tag("summary", "the figures"), table(self.table)))

@@ -11,7 +11,7 @@ from edgelocal.report.model import FrontierPoint, Report
 from edgelocal.report.svg import Markup, circle, line, polygon, polyline, text
 
 TITLE = "What was weighed: memory against work"
-LEFT, RIGHT, TOP, BOTTOM = 66, WIDTH - 16, 40, 270
+LEFT, RIGHT, TOP, BOTTOM = 66, WIDTH - 16, 54, 284
 SIZE = 5.5
 
 Box = tuple[float, float, float, float]
@@ -34,6 +34,7 @@ def frontier_figure(report: Report) -> Figure:
     ]
     taken: list[Box] = []
     if budget is not None:
+        taken.append((x(budget) - 5, TOP, x(budget) + 5, BOTTOM))
         label = f"budget less idle: {words.size(budget)}"
         anchor = "end" if x(budget) > WIDTH / 2 else "start"
         parts += [
@@ -80,8 +81,7 @@ def _mark(point: FrontierPoint, x: float, y: float) -> Markup:
 
 
 def _label(point: FrontierPoint) -> str:
-    name = point.kind if point.kind != "partition" else words.blocks_text(point.blocks)
-    return f"trained: {name}" if point.chosen else name
+    return point.kind if point.kind != "partition" else words.blocks_text(point.blocks)
 
 
 def _named(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:

@@ -25,12 +25,12 @@ FAR = 3  # a budget of more than this many times the memory would squeeze the ba
 
 def row_height(blocks: int) -> int:
     """Height of a row of a chart with a row a block."""
-    return 34 if blocks <= 4 else 25 if blocks <= 16 else 15
+    return 34 if blocks <= 4 else 25 if blocks <= 16 else 15 if blocks <= 30 else 11
 
 
 def row_names(blocks: tuple[BlockReport, ...], top: float) -> list[Markup]:
     """The names of the blocks at the left, every second of many."""
-    pitch, every = row_height(len(blocks)), 1 if len(blocks) <= 30 else 2
+    pitch, every = row_height(len(blocks)), 1 if len(blocks) <= 16 else 2
     return [
         text(LEFT - 8, top + pitch * (i + 0.5) + 4, clip(block.name, 6), "end", "tick")
         for i, block in enumerate(blocks)
@@ -39,7 +39,7 @@ def row_names(blocks: tuple[BlockReport, ...], top: float) -> list[Markup]:
 
 
 def memory_figure(report: Report) -> Figure:
-    """A bar a block: predicted memory by kind, stacked upon the idle process; marks for totals, a line for the budget."""
+    """A bar a block: memory by kind upon the idle process; marks for both totals, a line for the budget."""
     blocks = [b for b in report.blocks if b.predicted_bytes is not None or b.working_set_bytes is not None]
     if not blocks:
         return Figure("memory", TITLE, None, "no working sets were recorded")
@@ -81,10 +81,9 @@ def _bar(block: BlockReport, idle: int, scale: Scale, top: float, height: float)
     for swatch, name, kinds in GROUPS:
         part = sum((block.predicted or {}).get(kind, 0) for kind in kinds)
         tip = f"block {block.name}, {name}: {words.size(part)}"
-        if part:
-            parts.append(
-                rect(scale(start), top + gap, scale(start + part) - scale(start), thick, f"part {swatch}", tip)
-            )
+        width = scale(start + part) - scale(start)
+        if part:  # a thin part would vanish in its outline
+            parts.append(rect(scale(start), top + gap, width, thick, f"part {swatch}" if width > 4 else swatch, tip))
         start += part
     if block.predicted_bytes is not None:
         place = scale(idle + block.predicted_bytes)

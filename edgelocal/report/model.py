@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from edgelocal.decode import decode, expect
@@ -119,6 +120,7 @@ class Report:
     batch: int | None = None
     budget_bytes: int | None = None
     process_peak_bytes: int | None = None
+    planned_peak_bytes: int | None = None
     idle_bytes: int | None = None
     blocks: tuple[BlockReport, ...] = ()
     paged_bytes: int | None = None
@@ -131,6 +133,12 @@ class Report:
     run: dict[str, str] | None = None
     settings: dict[str, str] | None = None
     unfinished: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The network; where no report names it, the folder of its bundle."""
+        bundle = PurePath((self.run or {}).get("bundle", "?")).name.encode(errors="replace").decode()
+        return self.network or f"bundle {bundle}"
 
     @property
     def metric(self) -> str:
@@ -161,7 +169,7 @@ def parse_report(raw: Any) -> Report:
     for index, point in enumerate(report.timeline or ()):
         where = f"report.timeline[{index}]"
         expect(len(point) == 3, where, "seconds, bytes and block", list(point))
-        expect(point[2] == int(point[2]) < max(1, len(report.blocks)), where, "the index of a block or -1", point[2])
+        expect(point[2] == int(point[2]), where, "the index of a block or -1", point[2])
     return report
 
 

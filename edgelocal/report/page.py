@@ -19,6 +19,7 @@ from edgelocal.report.timeline import timeline_figure
 from edgelocal.report.times import latency_figure, time_figure
 from edgelocal.store import atomic_write
 
+DIGEST = 16  # so many digits of a digest are shown
 FIGURES = (memory_figure, timeline_figure, loss_figure, metric_figure, time_figure, latency_figure, frontier_figure)
 
 
@@ -41,9 +42,23 @@ def render_page(report: Report) -> str:
         tag("title", f"{name} - edgelocal report"),
         tag("style", Markup(CSS)),
     )
-    charts = tag("div", *(figure(report).html() for figure in FIGURES), class_="charts")
-    body = tag("main", *_header(report), _tiles(report), charts, *_sections(report))
+    body = tag("main", *_header(report), _tiles(report), _charts(report), *_sections(report))
     return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body), lang='en')}\n"
+
+
+def _charts(report: Report) -> Markup:
+    """The charts in two columns of about one height; on a phone one column, in their order."""
+    figures = [figure(report) for figure in FIGURES]
+    cards = [(figure.height, figure.html()) for figure in figures]
+    sentences = words.comparison(report.frontier or ())
+    cards.append((60 + 75 * max(1, len(sentences)), _beside_bp(sentences)))
+    columns: tuple[list[Markup], list[Markup]] = ([], [])
+    heights = [0.0, 0.0]
+    for order, (height, card) in enumerate(cards):
+        shorter = heights.index(min(heights))
+        columns[shorter].append(tag("div", card, class_="card", style=f"order:{order}"))
+        heights[shorter] += height
+    return tag("div", *(tag("div", *column, class_="column") for column in columns), class_="charts")
 
 
 def _header(report: Report) -> list[Markup]:
@@ -51,7 +66,7 @@ def _header(report: Report) -> list[Markup]:
     batch = f"batch {report.batch}" if report.batch else ""
     samples = f"{words.count(report.samples)} samples" if report.samples is not None else ""
     parts = [part for part in (rule, report.schedule or "", batch, samples) if part]
-    found = [tag("h1", report.network or "A run"), tag("p", ", ".join(parts), class_="lead")]
+    found = [tag("h1", report.name), tag("p", ", ".join(parts), class_="lead")]
     if report.unfinished:
         found.append(tag("p", report.unfinished, class_="state"))
     return found
@@ -68,9 +83,8 @@ def _tiles(report: Report) -> Markup:
     steps = f"in {words.count(report.steps)} steps" if report.steps is not None else "in steps"
     tiles.append(_tile(words.seconds(report.train_s), steps))
     units = sum(len(block.units or ()) for block in report.blocks)
-    tiles.append(
-        _tile(str(len(report.blocks)), f"block{'s' * (len(report.blocks) != 1)}" + f" of {units} units" * (units > 0))
-    )
+    of_units = f" of {units} unit{'s' * (units != 1)}" if units else ""
+    tiles.append(_tile(str(len(report.blocks)), f"block{'s' * (len(report.blocks) != 1)}{of_units}"))
     tiles += _working_set_tile(report)
     disk = words.disk_text(report)
     if disk:
@@ -87,8 +101,10 @@ def _peak_tile(report: Report) -> Markup:
     if peak is None or not budget:
         return _tile(words.size(peak), "peak of the process" + ("" if budget else ", no budget"))
     share = min(100.0, 100 * peak / budget)
+    planned = f", planned {words.size(report.planned_peak_bytes)}" if report.planned_peak_bytes is not None else ""
     meter = tag("div", tag("div", style=f"width:{share:.1f}%"), class_="meter", aria_hidden="true")
-    return _tile(words.size(peak), f"peak of the process, {words.percent(peak, budget)} of {words.size(budget)}", meter)
+    what = f"peak of the process{planned}, {words.percent(peak, budget)} of {words.size(budget)}"
+    return _tile(words.size(peak), what, meter)
 
 
 def _working_set_tile(report: Report) -> list[Markup]:
@@ -106,14 +122,17 @@ def _sections(report: Report) -> list[Markup]:
     places = tag("div", tag("h2", "What was run where"), facts(_places(report)))
     settings = tag("div", tag("h2", "Settings"), facts(_settings(report)))
     found.append(tag("section", tag("div", places, settings, class_="two"), id="run"))
-    sentences = words.comparison(report.frontier or ())
-    said = [tag("p", sentence) for sentence in sentences]
-    unknown = tag("p", "no frontier was recorded, so there are no figures for backpropagation", class_="empty")
-    found.append(tag("section", tag("h2", "Beside backpropagation"), *(said or [unknown]), id="bp"))
     if report.notes:
         items = tag("ul", *(tag("li", note) for note in report.notes), class_="notes")
         found.append(tag("section", tag("h2", "Notes"), items, id="notes"))
     return found
+
+
+def _beside_bp(sentences: list[str]) -> Markup:
+    """The frontier in words."""
+    none = tag("p", "no frontier was recorded, so there are no figures for backpropagation", class_="empty")
+    said = [tag("p", sentence) for sentence in sentences] or [none]
+    return tag("section", tag("h2", "Beside backpropagation"), *said, id="bp")
 
 
 def _block_rows(report: Report) -> list[list[str]]:
@@ -158,8 +177,9 @@ def _units(units: Sequence[str] | None) -> str:
 def _places(report: Report) -> list[tuple[str, str]]:
     run = report.run or {}
     rows = [(name.replace("_", " "), value) for name, value in (report.runtime or {}).items()]
-    rows += [("bundle", run["bundle"])] * ("bundle" in run)
-    rows += [(name.replace("_", " "), run[name]) for name in ("bundle_digest", "data", "data_digest") if name in run]
+    for name in ("bundle", "bundle_digest", "data", "data_digest"):
+        shown = run.get(name, words.NONE)
+        rows.append((name.replace("_", " "), shown[:DIGEST] if name.endswith("digest") else shown))
     rows.append(("samples", words.count(report.samples)))
     rows.append(("page by", f"edgelocal {__version__}"))
     return rows

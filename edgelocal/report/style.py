@@ -1,19 +1,20 @@
 """The style sheet of the page: light and dark, from the width of a phone on.
 
-Colours of kinds of memory are those of Okabe and Ito, which every kind of sight tells apart; of two greys one is the
-idle process. Blocks take their colours from their depth, see `axes.depth_style`.
+Colours of kinds of memory are those of Okabe and Ito, which every kind of sight tells apart, and two greys far from
+them in lightness: any two differ by 6 or more (Oklab, times 100) in normal, protan, deutan and tritan sight. Blocks
+take their colours from their depth, see `axes.depth_style`.
 """
 
 CSS = """
 :root { color-scheme: light dark;
   --page: #f3f5f7; --card: #ffffff; --ink: #1a1f24; --soft: #59636e; --rule: #d9dee4; --grid: #e4e8ec;
   --bar: #0072b2; --area: #0072b226; --shade-0: #00000009; --shade-1: #00000014;
-  --k-idle: #c6ccd3; --k-runtime: #7f8993; --k-parameters: #0072b2; --k-optimizer: #56b4e9; --k-gradients: #cc79a7;
+  --k-idle: #c6ccd3; --k-runtime: #3a424a; --k-parameters: #0072b2; --k-optimizer: #56b4e9; --k-gradients: #cc79a7;
   --k-activations: #e69f00; --k-workspace: #d55e00; --k-feed: #009e73; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #0f1317; --card: #181d23; --ink: #e9edf1; --soft: #a3adb8; --rule: #333b44; --grid: #2a313a;
   --bar: #4aa3dc; --area: #4aa3dc33; --shade-0: #ffffff09; --shade-1: #ffffff14;
-  --k-idle: #4d5761; --k-runtime: #8f99a3; --k-parameters: #2f8ccb; --k-optimizer: #83c9f4; --k-gradients: #d892b8;
+  --k-idle: #4d5761; --k-runtime: #c8d0d8; --k-parameters: #2f8ccb; --k-optimizer: #83c9f4; --k-gradients: #d892b8;
   --k-activations: #edae2b; --k-workspace: #e1701f; --k-feed: #1fb58c; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
@@ -23,19 +24,26 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.05rem; margin: 0 0 8px; }
 .lead { color: var(--soft); margin: 4px 0 18px; overflow-wrap: anywhere; }
 .state { border-left: 4px solid var(--k-workspace); padding-left: 10px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 0 0 16px; }
-.tile, figure, section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; 
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; margin: 0 0 16px; }
+.tile, figure, section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
   padding: 14px 16px; margin: 0; min-width: 0; }
-.tile b { display: block; font-size: 1.5rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 1.3rem; line-height: 1.35; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .88rem; overflow-wrap: anywhere; }
 .meter { height: 7px; border-radius: 4px; background: var(--grid); margin: 6px 0 5px; overflow: hidden; }
 .meter div { height: 100%; background: var(--bar); }
-.charts { display: grid; grid-template-columns: minmax(0, 1fr); gap: 16px; }
-@media (min-width: 880px) { .charts { grid-template-columns: repeat(2, minmax(0, 1fr)); align-items: start; } }
-section { margin-top: 16px; }
+.charts { display: flex; flex-direction: column; gap: 16px; }
+.column { display: contents; }
+.card { min-width: 0; }
+@media (min-width: 880px) { .charts { flex-direction: row; align-items: flex-start; }
+  .column { display: flex; flex-direction: column; gap: 16px; flex: 1 1 0; min-width: 0; } }
+main > section { margin-top: 16px; }
 svg { display: block; width: 100%; max-width: 600px; height: auto; margin: 0 auto; overflow: visible; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); font-variant-numeric: tabular-nums; }
 svg .tick, svg .axis { fill: var(--soft); }
+svg .name { paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round; }
+@media (max-width: 560px) { main { padding: 16px 10px 32px; } .tile, figure, section { padding: 12px; }
+  svg text { font-size: 16.5px; } }
 .empty { color: var(--soft); border: 1px dashed var(--rule); border-radius: 8px; padding: 28px 12px; text-align: center;
   margin: 0; }
 .remark { color: var(--soft); font-size: .9rem; margin: 8px 0 0; }

@@ -25,7 +25,7 @@ from edgelocal.report.model import Report
 from edgelocal.report.svg import Markup, line, polygon, polyline, rect, text
 
 TITLE = "Memory over time"
-LEFT, RIGHT, TOP, BOTTOM = 72, WIDTH - 14, 40, 230
+LEFT, RIGHT, TOP, BOTTOM = 72, WIDTH - 14, 28, 230
 STRIP = 12  # height of the strip of blocks
 MANY = 150  # more turns than this cannot be told apart at this width
 
@@ -37,7 +37,8 @@ def timeline_figure(report: Report) -> Figure:
         return Figure("timeline", TITLE, None, "no timeline was recorded")
     most = max(point[1] for point in points)
     budget = report.budget_bytes if report.budget_bytes and report.budget_bytes <= FAR * max(1, most) else None
-    x = Scale(points[0][0], max(points[-1][0], points[0][0] + 1e-9), LEFT, RIGHT)
+    first, last = points[0][0], points[-1][0]
+    x = Scale(0 if first < 0.1 * last else first, max(last, first + 1e-9), LEFT, RIGHT)
     y = Scale(0, 1.06 * max(most, budget or 0, 1), BOTTOM, TOP)
     turns = _turns(points)
     parts: list[str] = [*_axes(x, y)]
@@ -75,7 +76,7 @@ def _strip(report: Report, turns: list[tuple[int, float, float]], x: Scale) -> l
     for block, start, end in turns:
         if block < 0:
             continue
-        name = report.blocks[block].name
+        name = report.blocks[block].name if block < len(report.blocks) else str(block)
         style = depth_style(block, len(report.blocks))
         left, width = x(start), x(end) - x(start)
         parts.append(rect(left, TOP, width, BOTTOM - TOP, f"shade shade-{block % 2}"))
@@ -84,7 +85,7 @@ def _strip(report: Report, turns: list[tuple[int, float, float]], x: Scale) -> l
         )
         shown = clip(name, 6)
         if width > CHARACTER * len(shown) + 6:
-            parts.append(text(left + width / 2, TOP + 14, shown, "middle", "tick"))
+            parts.append(text(left + width / 2, BOTTOM - 6, shown, "middle", "tick"))
     return parts
 
 
@@ -93,7 +94,7 @@ def _remarks(report: Report, turns: list[tuple[int, float, float]], budget: int 
     worked = sorted({block for block, _, _ in turns if block >= 0})
     if len(turns) > MANY:
         found.append(f"{words.blocks_text(len(worked)).capitalize()} took turns, too quickly to be drawn one by one.")
-    elif worked:
+    elif len(worked) > 1:
         found.append("Shades, and the strip below, show which block worked: dark is early in the network.")
     if report.budget_bytes and budget is None:
         found.append(f"The budget, {words.size(report.budget_bytes)}, is beyond the scale.")

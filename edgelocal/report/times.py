@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgelocal.report import words
-from edgelocal.report.axes import WIDTH, Scale, drawing, log_ticks, ticks, time_unit, x_axis
+from edgelocal.report.axes import CHARACTER, WIDTH, Scale, drawing, log_ticks, ticks, time_unit, x_axis
 from edgelocal.report.figure import Figure
 from edgelocal.report.memory import LEFT, diamond, row_height, row_names
 from edgelocal.report.model import Latency, Report
@@ -23,7 +23,8 @@ def time_figure(report: Report) -> Figure:
         return Figure("time", TIME, None, "no times were recorded")
     blocks, height = report.blocks, row_height(len(report.blocks))
     named = len(blocks) <= NAMED
-    scale = Scale(0, max(max(known), 1e-3), LEFT, RIGHT - (66 if named else 0))
+    room = max(len(words.seconds(value)) for value in times) * CHARACTER + 8 if named else 0
+    scale = Scale(0, max(max(known), 1e-3), LEFT, RIGHT - room)
     bottom = TOP + height * len(blocks) + 4
     unit, name = time_unit(scale.high)
     parts: list[str] = [

@@ -40,7 +40,8 @@ def seconds(value_s: float | None) -> str:
     if value_s is None:
         return NONE
     if value_s < 1:
-        return f"{1000 * value_s:.3g} ms"
+        digits = 0 if value_s >= 0.1 else 1 if value_s >= 0.01 else 2 if value_s >= 0.001 else 3
+        return f"{1000 * value_s:.{digits}f} ms"
     if value_s < 99.95:
         return f"{value_s:.1f} s"
     minutes, rest = divmod(round(value_s), 60)
@@ -73,7 +74,8 @@ def metric_text(values: Mapping[str, float]) -> str:
 
 def loss_text(values: Mapping[str, float]) -> str:
     """ "loss 0.058 98.06 %"."""
-    return f"loss {values['loss']:.3f} {metric_text(values)}"
+    loss = f"{values['loss']:.3f}" if "loss" in values else NONE
+    return f"loss {loss} {metric_text(values)}"
 
 
 def blocks_text(number: int) -> str:
@@ -84,16 +86,18 @@ def blocks_text(number: int) -> str:
 def title(report: Report) -> str:
     """ "resnet32, rule auglocal, interleaved" of what is known."""
     rule = f"rule {report.rule}" if report.rule else None
-    known = [part for part in (report.network, rule, report.schedule) if part]
-    return ", ".join(known) or "a run"
+    return ", ".join(part for part in (report.name, rule, report.schedule) if part)
 
 
 def peak_text(report: Report) -> str:
-    """ "peak memory 105.6 MiB of a budget of 256 MiB"."""
+    """ "peak memory 105.6 MiB, planned 110 MiB, of a budget of 256 MiB"."""
     if report.process_peak_bytes is None:
         return f"budget {size(report.budget_bytes)}" if report.budget_bytes else "no budget"
     budget = f" of a budget of {size(report.budget_bytes)}" if report.budget_bytes else ""
-    return f"peak memory {size(report.process_peak_bytes)}{budget}"
+    planned = ""
+    if report.planned_peak_bytes is not None:
+        planned = f", planned {size(report.planned_peak_bytes)}" + ("," if budget else "")
+    return f"peak memory {size(report.process_peak_bytes)}{planned}{budget}"
 
 
 def conclusion(report: Report) -> str:

@@ -13,7 +13,10 @@ LEAST_BATCH = 2  # batch norm has no variance over one sample
 
 @dataclass(frozen=True)
 class Setting:
-    """One training task to measure. `input` is the text of --input; `steps` are timed, warm-up steps come on top."""
+    """One training task to measure. `input` is the text of --input; `steps` are timed, warm-up steps come on top.
+
+    `tuned` measures PyTorch with glibc's MALLOC_MMAP_THRESHOLD_ set, so that freed memory goes back to the system.
+    """
 
     network: str
     input: str = "3x32x32"
@@ -22,6 +25,7 @@ class Setting:
     steps: int = 10
     threads: int = 2
     seed: int = 0
+    tuned: bool = False
 
     def check(self) -> None:
         """Raise UsageError for the first value out of range."""

@@ -28,6 +28,7 @@ SEARCH_STEPS = 3
 SEARCH_ROUNDS = 3
 FINALISTS = 3
 _WORKER = "edgelocal.exporters.bench.worker_torch"
+_MMAP_FROM = 128 << 10
 _TUNING = ("MALLOC_", "GLIBC_TUNABLES", "PYTHONMALLOC", "PYTHONWARNINGS")
 _LONGEST = 2000  # characters of the worker's stderr
 
@@ -145,13 +146,14 @@ def _size(found: Measurement) -> int:
 
 
 def _run(setting: Setting, mode: list[str]) -> Measurement:
-    options = [f"--{name}={value}" for name, value in asdict(setting).items()]
+    options = [f"--{name}={value}" for name, value in asdict(setting).items() if name != "tuned"]
+    tuning = {"MALLOC_MMAP_THRESHOLD_": str(_MMAP_FROM)} if setting.tuned else {}
     done = subprocess.run(
         [sys.executable, "-m", _WORKER, *mode, *options],
         capture_output=True,
         text=True,
         check=False,
-        env=dict(_plain_environment()),
+        env=dict(_plain_environment()) | tuning,
     )
     if done.returncode != 0:
         said = done.stderr.strip()[-_LONGEST:] or "nothing on stderr"

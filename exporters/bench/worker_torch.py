@@ -34,6 +34,8 @@ WARM_UP_STEPS = 2
 LR = 0.01  # small: random labels at a large rate would soon leave the finite numbers
 _LAZY = ("torch._dynamo", "edgelocal.exporters.zoo.custom")
 
+_NOT_OPTIONS = ("network", "tuned")  # given apart; a matter of the environment
+
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -152,7 +154,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("bp", "checkpoint"), required=True)
     parser.add_argument("--segments", type=int, default=0)
     for field in dataclasses.fields(Setting):
-        if field.name != "network":
+        if field.name not in _NOT_OPTIONS:
             parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     return parser.parse_args(words)
 
@@ -160,7 +162,8 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """The command line of the worker; returns the exit code."""
     given = _arguments(words)
-    setting = Setting(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Setting)})
+    names = [field.name for field in dataclasses.fields(Setting) if field.name != "tuned"]
+    setting = Setting(**{name: getattr(given, name) for name in names})
     try:
         if (given.mode == "checkpoint") != bool(given.segments):
             raise UsageError(

@@ -24,7 +24,8 @@ ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"))
 
 @dataclass(frozen=True)
 class Op:
-    """A node, taken apart once, because the search looks at it many times."""
+    """A node, taken apart once, because the search looks at it many times: `inputs` and `outputs` are what it has now,
+    `proto` is the node as it was written."""
 
     kind: str
     inputs: tuple[str, ...]
@@ -35,6 +36,16 @@ class Op:
     def of(cls, node: onnx.NodeProto) -> Op:
         """The node's operator, inputs and outputs."""
         return cls(node.op_type, tuple(node.input), tuple(node.output), node)
+
+    def node(self) -> onnx.NodeProto:
+        """The node with the inputs and outputs of now."""
+        node = onnx.NodeProto()
+        node.CopyFrom(self.proto)
+        for place, names in ((node.input, self.inputs), (node.output, self.outputs)):
+            del place[:]
+            place.extend(names)
+        node.name = self.outputs[0]
+        return node
 
 
 Workspace = Callable[[Op], int]
@@ -99,38 +110,49 @@ def _same(a: Typed, b: Typed) -> bool:
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What one run holds: the most bytes live at once and the number of the node there, the bytes the arena touches,
-    and a smooth stand-in for the most, that also falls when one of several peaks does."""
+class Living:
+    """What lives in one run: the most bytes at once, the number of the node there, and a smooth stand-in for the most,
+    that also falls when one of several peaks does."""
 
-    live: int
+    most: int
     at: int
-    arena: int
     smooth: float
 
 
 _SHARPNESS = 24  # the larger, the closer the smooth stand-in is to the maximum
 
 
-def usage(graph: Graph, batch: int, workspace: Workspace | None = None) -> Usage:
-    """Run the graph on the arena, without computing anything; `workspace` are bytes that an op needs while it runs."""
+def living(graph: Graph, batch: int) -> Living:
+    """What lives while the graph runs on `batch` samples."""
+    live = most = at = 0
+    total = 0.0
+    sizes: dict[str, int] = {}
+    for number, new, dead in buffers(graph):
+        for name in new:
+            sizes[name] = graph.types[name].size.at(batch)
+            live += sizes[name]
+        if live > most:
+            most, at = live, number
+        total += float(live) ** _SHARPNESS
+        for name in dead:
+            live -= sizes.pop(name, 0)
+    return Living(most, at, total ** (1 / _SHARPNESS))
+
+
+def arena_peak(graph: Graph, batch: int, workspace: Workspace) -> int:
+    """Bytes that the arena touches while the graph runs; `workspace` are bytes that an op needs while it runs."""
     arena = Arena()
     places: dict[str, int] = {}
-    most, at, total = 0, 0, 0.0
     for number, new, dead in buffers(graph):
         for name in new:
             places[name] = arena.allocate(graph.types[name].size.at(batch))
-        scratch = workspace(graph.ops[number]) if workspace else 0
-        place = arena.allocate(scratch) if scratch else None
-        total += float(arena.used) ** _SHARPNESS
-        if arena.used > most:
-            most, at = arena.used, number
-        if place is not None:
-            arena.free(place)
+        scratch = workspace(graph.ops[number])
+        if scratch:
+            arena.free(arena.allocate(scratch))
         for name in dead:
             if name in places:
                 arena.free(places.pop(name))
-    return Usage(most, at, arena.peak, total ** (1 / _SHARPNESS))
+    return arena.peak
 
 
 _ELEMENTWISE = frozenset(("Add", "Sub", "Mul", "Div"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from edgelocal.exporters.memory.liveness import Graph, Op, buffers, usage
+from edgelocal.exporters.memory.liveness import Graph, Op, arena_peak, buffers
 from edgelocal.exporters.memory.recompute import AGAIN
 from edgelocal.exporters.memory.shapes import Size
 from edgelocal.spec import AffineSpec, MemorySpec, PeakSpec
@@ -24,13 +24,20 @@ def memory_model(graph: Graph, batch: int, loss: str | None) -> MemorySpec:
     """
     moments = _moments(graph, loss)
     batches = sorted({*_BATCHES, batch})
-    arena = tuple((n, usage(graph, n, scratch).arena) for n in batches)
+    beside = [_beside(op, graph) for op in graph.ops]
+    arena = tuple((n, arena_peak(graph, n, scratch) + max((s.at(n) for s in beside), default=0)) for n in batches)
     return MemorySpec(tuple(_envelope(moments, batches)), arena)
 
 
 def scratch(op: Op) -> int:
     """Bytes that the runtime's kernel takes while it runs, besides inputs and outputs."""
     return _CONV_BUFFER_BYTES * _CONV_THREADS if op.kind in ("Conv", "ConvTranspose") else 0
+
+
+def _beside(op: Op, graph: Graph) -> Size:
+    """Bytes that the runtime's kernel takes while it runs from the system's memory, not from the arena: a scatter that
+    adds copies its indices (found by running every kind of node of the zoo's step graphs alone)."""
+    return graph.types[op.inputs[1]].size if op.kind == "ScatterElements" else Size(0, 0)
 
 
 def _moments(graph: Graph, loss: str | None) -> list[PeakSpec]:
@@ -44,19 +51,21 @@ def _moments(graph: Graph, loss: str | None) -> list[PeakSpec]:
             forward = number <= end or name.endswith(AGAIN)
             kind = "activations" if forward else "workspace" if op.kind in _LAYOUT else "gradients"
             live[name] = kind, graph.types[name].size
-        moments.append(_peak(live.values(), scratch(op)))
+        beside = _beside(op, graph)
+        moments.append(_peak(live.values(), Size(beside.fixed + scratch(op), beside.per_sample)))
         for name in dead:
             live.pop(name, None)
     return moments
 
 
-def _peak(live: Iterable[tuple[str, Size]], extra: int) -> PeakSpec:
+def _peak(live: Iterable[tuple[str, Size]], extra: Size) -> PeakSpec:
     fixed = dict.fromkeys(KINDS, 0)
     per_sample = dict.fromkeys(KINDS, 0)
     for kind, size in live:
         fixed[kind] += size.fixed
         per_sample[kind] += size.per_sample
-    fixed["workspace"] += extra
+    fixed["workspace"] += extra.fixed
+    per_sample["workspace"] += extra.per_sample
     return PeakSpec(*(AffineSpec(fixed[kind], per_sample[kind]) for kind in KINDS))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from edgelocal.exporters.memory.liveness import Graph, graph_of, overwritable, usage
+from edgelocal.exporters.memory.liveness import Graph, arena_peak, graph_of, overwritable
 from edgelocal.exporters.memory.merge import simplify
 from edgelocal.exporters.memory.model import memory_model, scratch
 from edgelocal.exporters.memory.order import queries_first, sink
@@ -62,8 +62,8 @@ def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapp
     for _ in range(_ROUNDS):
         for trial in (sink(graph, batch), recompute(graph, batch, loss) if loss else graph):
             graph = trial
-            best = min(best, graph, key=lambda g: (usage(g, batch, scratch).arena, len(g.ops)))
-    best = min(best, sink(graph, batch), key=lambda g: (usage(g, batch, scratch).arena, len(g.ops)))
+            best = min(best, graph, key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
+    best = min(best, sink(graph, batch), key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
     model = _model_of(model, best)
     digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
     return Lean(model, memory_model(best, batch, loss), digest, overwritable(best, pairs))
@@ -73,7 +73,7 @@ def _model_of(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
     """The model with the graph's nodes, and the type of every value, without which the runtime shares less memory."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    nodes = [onnx.NodeProto.FromString(op.proto.SerializeToString()) for op in graph.ops]
+    nodes = [op.node() for op in graph.ops]
     del result.graph.node[:]
     result.graph.node.extend(nodes)
     made = {name for op in graph.ops for name in op.outputs} - graph.outer

@@ -6,7 +6,7 @@ that file and execution agree. A large value that waits for its use is computed 
 
 from __future__ import annotations
 
-from edgelocal.exporters.memory.liveness import Graph, Op, usage
+from edgelocal.exporters.memory.liveness import Graph, Op, living
 
 FIRST = frozenset(("Shape", "Size"))
 _FAR = 4  # nodes between making a value and using it
@@ -25,8 +25,8 @@ def queries_first(graph: Graph) -> Graph:
 
 def sink(graph: Graph, batch: int) -> Graph:
     """The graph with large values made as late as lowers the peak of the arena."""
-    best = usage(graph, batch)
-    least = _WORTH * best.live
+    best = living(graph, batch)
+    least = _WORTH * best.most
     names = [
         output
         for op in graph.ops
@@ -37,7 +37,7 @@ def sink(graph: Graph, batch: int) -> Graph:
         moved = _moved(graph, name)
         if moved is None:
             continue
-        trial = usage(moved, batch)
+        trial = living(moved, batch)
         if trial.smooth < best.smooth:
             graph, best = moved, trial
     return graph

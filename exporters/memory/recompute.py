@@ -8,12 +8,13 @@ peak of the arena decides.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
-import onnx
-
-from edgelocal.exporters.memory.liveness import Graph, Op, usage
+from edgelocal.exporters.memory.liveness import Graph, Op, living
 
 CHEAP = frozenset(
     (
@@ -23,6 +24,7 @@ CHEAP = frozenset(
         *("Squeeze", "Expand"),
     )
 )
+_FEW_PRODUCTS = 32  # for each element of a convolution's result
 _EFFORT = 1_500_000  # nodes looked at, so that a network of thousands of nodes is done in minutes
 _WORTH = 0.02  # of the peak: smaller values stay as they are
 AGAIN = "/again"
@@ -33,7 +35,7 @@ def recompute(graph: Graph, batch: int, loss: str) -> Graph:
 
     `loss` is the value that ends the forward pass.
     """
-    least = int(_WORTH * usage(graph, batch).live)
+    least = int(_WORTH * living(graph, batch).most)
     candidates = [v for v in _candidates(graph, loss) if graph.types[v].size.at(batch) >= least]
     small = max(1, least // batch)
     best = min(
@@ -61,7 +63,7 @@ def _descend(
 
 
 def _cost(graph: Graph, batch: int) -> tuple[float, int]:
-    return usage(graph, batch).smooth, len(graph.ops)
+    return living(graph, batch).smooth, len(graph.ops)
 
 
 def _candidates(graph: Graph, loss: str) -> list[str]:
@@ -71,10 +73,18 @@ def _candidates(graph: Graph, loss: str) -> list[str]:
     return [
         output
         for number, op in enumerate(graph.ops)
-        if op.kind in CHEAP and (number < forward or op.outputs[0].endswith(AGAIN))
+        if _is_cheap(op, graph) and (number < forward or op.outputs[0].endswith(AGAIN))
         for output in op.outputs
         if output not in graph.outer and _gap(number, uses[output]) is not None
     ]
+
+
+def _is_cheap(op: Op, graph: Graph) -> bool:
+    """Element by element, or a convolution with few products: depthwise, or pointwise on few channels."""
+    if op.kind != "Conv":
+        return op.kind in CHEAP
+    weight = graph.types[op.inputs[1]].dims
+    return all(isinstance(d, int) for d in weight) and math.prod(map(int, weight[1:])) <= _FEW_PRODUCTS
 
 
 _FAR = 12  # nodes between two uses that belong together
@@ -83,7 +93,7 @@ _FAR = 12  # nodes between two uses that belong together
 def _gap(made: int, uses: Sequence[int]) -> int | None:
     """The number of the first use after the longest wait, or None if there is no long one."""
     points = [made, *uses]
-    wait, after = max(((b - a, b) for a, b in zip(points, points[1:], strict=False)), default=(0, 0))
+    wait, after = max(((b - a, b) for a, b in pairwise(points)), default=(0, 0))
     return after if wait > _FAR else None
 
 
@@ -112,7 +122,7 @@ def rewritten(graph: Graph, values: frozenset[str], least: int) -> Graph:
         """Whether keeping the value until op `number` would lengthen its life."""
         if value in graph.outer or value in start or types[value].size.per_sample < least:
             return value in start
-        return graph.ops[made[value]].kind in CHEAP and max(uses[value]) < number
+        return _is_cheap(graph.ops[made[value]], graph) and max(uses[value]) < number
 
     def again(value: str, number: int) -> str:
         """Emit the recomputation of a value, after that of what it needs, and return its new name."""
@@ -132,14 +142,11 @@ def rewritten(graph: Graph, values: frozenset[str], least: int) -> Graph:
 
 
 def _copy(op: Op, inputs: dict[str, str], outputs: dict[str, str]) -> Op:
-    node = onnx.NodeProto()
-    node.CopyFrom(op.proto)
-    for place, names, new in ((node.input, op.inputs, inputs), (node.output, op.outputs, outputs)):
-        del place[:]
-        place.extend(new.get(name, name) for name in names)
-    if outputs:
-        node.name = node.output[0]
-    return Op.of(node)
+    return replace(
+        op,
+        inputs=tuple(inputs.get(name, name) for name in op.inputs),
+        outputs=tuple(outputs.get(name, name) for name in op.outputs),
+    )
 
 
 def _used(ops: list[Op], outer: frozenset[str]) -> list[Op]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 from edgelocal.errors import UsageError
 from edgelocal.exporters.guest import network_errors
@@ -34,14 +35,17 @@ def find(name: str) -> Rule:
     return _RULES[name]
 
 
-def build_blocks(network: Network, rule: RuleSpec, cut: tuple[range, ...], seed: int) -> tuple[LocalBlock, ...]:
+def build_blocks(
+    network: Network, rule: RuleSpec, cut: tuple[range, ...], seed: int, depths: Sequence[int] | None = None
+) -> tuple[LocalBlock, ...]:
     """Cut `network` at `cut`, contiguous ranges of unit indices, and put an auxiliary behind every block but the last.
 
-    Auxiliaries are drawn from `seed`, each from a stream of its own.
+    Auxiliaries are drawn from `seed`, each from a stream of its own. `depths` gives the depth of each; without it the
+    rule chooses.
 
     Raises:
-        UsageError: an unknown rule or bad settings, a cut that does not cover the units in order, or several blocks
-            under a rule that knows one.
+        UsageError: an unknown rule or bad settings, a cut that does not cover the units in order, several blocks under
+            a rule that knows one, or depths that do not go with the blocks or the rule.
         ExportError: an auxiliary cannot be made for this network.
     """
     builder = find(rule.name).auxiliary
@@ -49,6 +53,7 @@ def build_blocks(network: Network, rule: RuleSpec, cut: tuple[range, ...], seed:
         raise UsageError(f"the blocks {[*cut]} do not cover the {len(network.units)} units of {network.name} in order")
     if builder is None and len(cut) > 1:
         raise UsageError(f"rule {rule.name} trains the network as one block, found {len(cut)}; leave --blocks out")
+    _check_depths(rule.name, len(cut) - 1, depths)
     digits = max(2, len(str(len(cut) - 1)))
     blocks = []
     for index, span in enumerate(cut):
@@ -56,6 +61,18 @@ def build_blocks(network: Network, rule: RuleSpec, cut: tuple[range, ...], seed:
         auxiliary = None
         if builder is not None and index < len(cut) - 1:
             with seeded(seed, f"aux/{name}"), network_errors(f"building the auxiliary network of block {name}"):
-                auxiliary = builder(network, Place(span[-1], index, len(cut)), rule)
+                auxiliary = builder(network, Place(span[-1], index, len(cut), depths[index] if depths else None), rule)
         blocks.append(LocalBlock(name, network, span, auxiliary))
     return tuple(blocks)
+
+
+def _check_depths(rule: str, expected: int, depths: Sequence[int] | None) -> None:
+    if depths is None:
+        return
+    if find(rule).depths is None:
+        raise UsageError(f"the auxiliary networks of rule {rule} have no depth, found {[*depths]}; give none")
+    if len(depths) != expected or min(depths, default=1) < 1:
+        raise UsageError(
+            f"found the auxiliary depths {[*depths]}, expected {expected} of at least 1, one for every block but the "
+            "last"
+        )

@@ -50,6 +50,11 @@ def depths(modules: int, depth: int, tau: float, d_min: int) -> tuple[int, ...]:
     return tuple(max(d_min, round(depth * (1 - r) + r * d_min)) for r in ratios)
 
 
+def pyramid(blocks: int, rule: RuleSpec) -> tuple[int, ...]:
+    """`depths` with the settings of `rule`."""
+    return depths(blocks, rule.depth, rule.tau, rule.d_min)
+
+
 def select(unit: int, depth: int, units: int) -> tuple[int, ...]:
     """Indices of the `depth` units that the auxiliary behind `unit` imitates, out of n = `units`.
 
@@ -89,8 +94,13 @@ def changes(widths: Sequence[int]) -> tuple[int, ...]:
 
 
 def auxiliary(network: Network, place: Place, rule: RuleSpec) -> nn.Module:
-    """Fresh units like the selected ones, then the network's auxiliary head: (N, channels, ...) -> (N, classes)."""
-    depth = depths(place.blocks, rule.depth, rule.tau, rule.d_min)[place.block]
+    """Fresh units like the selected ones, then the network's auxiliary head: (N, channels, ...) -> (N, classes).
+
+    Of the pyramid's depth, unless `place` gives one.
+    """
+    depth = pyramid(place.blocks, rule)[place.block]
+    if place.depth is not None:
+        depth = place.depth
     chosen = [network.units[index] for index in select(place.unit, depth, len(network.units))]
     last = network.units[place.unit]
     widths = [last.width, *(unit.width for unit in chosen)]
@@ -102,4 +112,4 @@ def auxiliary(network: Network, place: Place, rule: RuleSpec) -> nn.Module:
     return nn.Sequential(parts)
 
 
-RULE = Rule("auglocal", auxiliary, merges_tail=True)
+RULE = Rule("auglocal", auxiliary, merges_tail=True, depths=pyramid)

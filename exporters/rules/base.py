@@ -13,14 +13,19 @@ from edgelocal.spec import RuleSpec
 
 @dataclass(frozen=True)
 class Place:
-    """Where an auxiliary network goes: behind unit `unit`, the last one of block number `block` of `blocks`."""
+    """Where an auxiliary network goes: behind unit `unit`, the last one of block number `block` of `blocks`.
+
+    `depth` is the auxiliary depth if someone else chose it, None if the rule chooses.
+    """
 
     unit: int
     block: int
     blocks: int
+    depth: int | None = None
 
 
 Auxiliary = Callable[[Network, Place, RuleSpec], nn.Module]
+Depths = Callable[[int, RuleSpec], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,14 @@ class Rule:
 
     `auxiliary` builds the network behind a block: (N, channels, ...) -> (N, classes); None means that the rule knows
     one block only. With `merges_tail` and tail "merge" the last depth + 1 units stay together in the last block.
+    `depths` says how deep the rule wants the auxiliary networks of a number of blocks, all but the last one's; None
+    means that they have no depth to choose.
     """
 
     name: str
     auxiliary: Auxiliary | None
     merges_tail: bool = False
+    depths: Depths | None = None
 
 
 class LocalBlock(nn.Module):

@@ -1,0 +1,81 @@
+"""Devices one may plan for without having them at hand.
+
+Memory, cores and names are the vendors': NVIDIA's data sheets of the Jetson Orin and Thor modules (LPDDR5 and LPDDR5X
+that CPU and GPU share; Arm Cortex-A78AE, and Neoverse-V3AE in Thor) and Raspberry Pi's product briefs (Zero 2 W:
+Cortex-A53, 4: Cortex-A72, 5: Cortex-A76, four cores each; their GPU, which nothing here uses, takes from the same
+memory). A gateway is no product: four or two Arm cores behind a small memory.
+
+`usable_percent` is an assumption of ours, on the careful side: what is left of the memory after the firmware's
+carve-outs and a system without a desktop. It is less for small memories, because a system takes about the same of all.
+On the device itself `edgelocal doctor` says what is free.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgelocal.errors import UsageError
+
+_MIB, _GIB = 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A device. `shared_memory` says whether its GPU works in `ram_bytes`; `device_memory_bytes` is what a GPU has of
+    its own. `machine` is aarch64 or x86_64."""
+
+    name: str
+    model: str
+    ram_bytes: int
+    usable_percent: int
+    cores: int
+    machine: str = "aarch64"
+    shared_memory: bool = True
+    device_memory_bytes: int = 0
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory that a training can have."""
+        return self.ram_bytes * self.usable_percent // 100
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "usable_bytes": self.usable_bytes}
+
+
+PROFILES = (
+    Profile("jetson-orin-nano-4gb", "NVIDIA Jetson Orin Nano 4GB", 4 * _GIB, 70, 6),
+    Profile("jetson-orin-nano-8gb", "NVIDIA Jetson Orin Nano 8GB", 8 * _GIB, 80, 6),
+    Profile("jetson-orin-nx-8gb", "NVIDIA Jetson Orin NX 8GB", 8 * _GIB, 80, 6),
+    Profile("jetson-orin-nx-16gb", "NVIDIA Jetson Orin NX 16GB", 16 * _GIB, 85, 8),
+    Profile("jetson-agx-orin-32gb", "NVIDIA Jetson AGX Orin 32GB", 32 * _GIB, 88, 8),
+    Profile("jetson-agx-orin-64gb", "NVIDIA Jetson AGX Orin 64GB", 64 * _GIB, 90, 12),
+    Profile("jetson-thor", "NVIDIA Jetson T5000 (Thor)", 128 * _GIB, 90, 14),
+    Profile("raspberry-pi-4-2gb", "Raspberry Pi 4 Model B 2GB", 2 * _GIB, 80, 4),
+    Profile("raspberry-pi-4-4gb", "Raspberry Pi 4 Model B 4GB", 4 * _GIB, 85, 4),
+    Profile("raspberry-pi-4-8gb", "Raspberry Pi 4 Model B 8GB", 8 * _GIB, 90, 4),
+    Profile("raspberry-pi-5-2gb", "Raspberry Pi 5 2GB", 2 * _GIB, 80, 4),
+    Profile("raspberry-pi-5-4gb", "Raspberry Pi 5 4GB", 4 * _GIB, 85, 4),
+    Profile("raspberry-pi-5-8gb", "Raspberry Pi 5 8GB", 8 * _GIB, 90, 4),
+    Profile("raspberry-pi-5-16gb", "Raspberry Pi 5 16GB", 16 * _GIB, 92, 4),
+    Profile("raspberry-pi-zero-2w", "Raspberry Pi Zero 2 W", 512 * _MIB, 55, 4),
+    Profile("gateway-1gb", "gateway with 1 GB", 1 * _GIB, 70, 4, shared_memory=False),
+    Profile("gateway-512mb", "gateway with 512 MB", 512 * _MIB, 60, 2, shared_memory=False),
+)
+
+
+def find_profile(name: str) -> Profile:
+    """The profile of this name, upper or lower case.
+
+    Raises:
+        UsageError: there is none; the message has the names, and the one most like it.
+    """
+    known = {profile.name: profile for profile in PROFILES}
+    wanted = name.strip().lower()
+    if wanted not in known:
+        close = difflib.get_close_matches(wanted, known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UsageError(f"there is no device profile {name!r}{hint}; choose one of {', '.join(known)}")
+    return known[wanted]

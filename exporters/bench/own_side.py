@@ -1,0 +1,135 @@
+"""The device's side of the memory benchmark: bundles of one network, each trained by `edgelocal train` in its own
+process, as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelocal.errors import BudgetError, UsageError
+from edgelocal.exporters.bench.result import Measurement, Setting
+from edgelocal.exporters.pack import export_bundle
+from edgelocal.exporters.request import make_request, parse_input
+
+Say = Callable[[str], None]
+_ENOUGH_STEPS = 4  # beyond the two that are measured for memory and so take longer
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An exported variant."""
+
+    variant: str
+    folder: Path
+
+
+def export_variant(
+    setting: Setting,
+    folder: Path,
+    variant: str,
+    say: Say,
+    *,
+    rule: str,
+    blocks: str = "auto",
+    budget: str | None = None,
+) -> Bundle:
+    """Export the network under `rule` with blocks of the given kind, or those that fit `budget`."""
+    request = make_request(
+        setting.network,
+        blocks=blocks,
+        rule=rule,
+        aux_depth=2,
+        aux_depth_min=1,
+        tau=0.5,
+        tail="merge",
+        input_shape=setting.input,
+        classes=setting.classes,
+        class_names="",
+        normalize="auto",
+        loss="cross_entropy",
+        label_smoothing=0.0,
+        optimizer="sgd",
+        momentum=None,
+        weight_decay=None,
+        nesterov=True,
+        pad=0,
+        pad_mode="zero",
+        flip=False,
+        batch=setting.batch,
+        epochs=1,
+        lr=0.1,
+        lr_schedule="constant",
+        weights=None,
+        partial_weights=False,
+        seed=setting.seed,
+        memory_budget=budget,
+    )
+    say(f"exporting {variant}")
+    export_bundle(request, folder, say)
+    return Bundle(variant, folder)
+
+
+def write_samples(setting: Setting, path: Path) -> None:
+    """Random images for the steps of one run."""
+    shape, _ = parse_input(setting.input)
+    rng = np.random.default_rng(setting.seed)
+    count = setting.batch * max(setting.steps, _ENOUGH_STEPS + 2)
+    x = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
+    np.savez(path, x_train=x, y_train=rng.integers(0, setting.classes, count))
+
+
+def measure_own(
+    setting: Setting, bundle: Bundle, data: Path, out: Path, budget_bytes: int | None = None
+) -> Measurement:
+    """Train `bundle` on `data` for one epoch and read its report.
+
+    The time of a step is the sum of its blocks' median times, loading of graphs and paging included.
+
+    Raises:
+        BudgetError: it does not fit.
+        UsageError: the process failed otherwise; the message holds what it said.
+    """
+    line = [sys.executable, "-m", "edgelocal", "train", str(bundle.folder), "--data", str(data), "--out", str(out)]
+    line += ["--epochs", "1", "--threads", str(setting.threads), "--no-augment", "--json"]
+    line += ["--checkpoint-seconds", "100000"]
+    if budget_bytes is not None:
+        line += ["--memory-budget", str(budget_bytes)]
+    done = subprocess.run(line, capture_output=True, text=True, env=dict(os.environ), check=False)
+    if done.returncode == BudgetError.exit_code:
+        raise BudgetError(_said(done))
+    if done.returncode != 0:
+        raise UsageError(f"training {bundle.variant} failed with exit code {done.returncode}: {_said(done)}")
+    return _measurement(setting, bundle, json.loads(done.stdout))
+
+
+def _measurement(setting: Setting, bundle: Bundle, report: dict[str, Any]) -> Measurement:
+    step = sum(block["latency_s"]["p50"] for block in report["blocks"])
+    losses = tuple(block["training"]["loss"] for block in report["blocks"] if block["training"])
+    return Measurement(
+        variant=bundle.variant,
+        network=setting.network,
+        batch=setting.batch,
+        segments=0,
+        idle_bytes=report["idle_bytes"],
+        working_set_bytes=report["process_peak_bytes"] - report["idle_bytes"],
+        process_peak_bytes=report["process_peak_bytes"],
+        step_s=(step,),
+        time_per_sample_s=step / setting.batch,
+        parameters=sum(sum(block["parameters"].values()) for block in report["blocks"]),
+        loss=losses[-1:],
+    )
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    try:
+        return str(json.loads(done.stdout)["error"])
+    except (ValueError, KeyError):
+        return done.stderr[-2000:]
