@@ -11,7 +11,7 @@ SUITE := -m pytest $(PARALLEL) device_tests/device -p no:cacheprovider -m "not s
 BROWSER := $(strip $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name))))
 CAN_INSTALL := $(and $(filter 0,$(shell id -u)),$(shell command -v apt-get))
 
-.PHONY: demo test setup lint device-suites browser slow clean
+.PHONY: demo test setup lint device-suites browser slow memory clean
 
 demo: $(VENV)/ready
 	rm -rf out/demo
@@ -40,6 +40,11 @@ browser:
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
+
+# The promises M1 and M2 over the zoo: every network, three budgets, 200 steps, with and without RLIMIT_DATA. Hours.
+memory: $(VENV)/ready
+	mkdir -p out/memory
+	$(BIN)/python benchmarks/memory_promises.py out/memory --json out/memory/result.json
 
 $(VENV)/ready: pyproject.toml constraints/newest.txt
 	@echo "Installing into $(VENV) (PyTorch and all: some 1.4 GB, minutes)"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -121,7 +122,7 @@ def main() -> None:
     for network in networks:
         for blocks in options.blocks.split(","):
             bundle = export(options.work, network, blocks, options.batch)
-            for row in training_rows(bundle, options.work, options.batch, options.steps):
+            for row in training_rows(bundle, options.batch, options.steps):
                 rows.append(row)
                 print(line(row), flush=True)
             if options.json is not None:
@@ -156,9 +157,7 @@ def random_data(path: Path, manifest: Manifest, batch: int, steps: int) -> Path:
     return path
 
 
-def training_rows(
-    bundle: Path, work: Path, batch: int, steps: int, limits: Sequence[bool] = (False, True)
-) -> list[Row]:
+def training_rows(bundle: Path, batch: int, steps: int, limits: Sequence[bool] = (False, True)) -> list[Row]:
     """The trainings of one bundle: every budget, without and with RLIMIT_DATA."""
     manifest = open_bundle(bundle).manifest
     data = random_data(bundle.parent / f"data-{batch}-{steps}.npz", manifest, batch, steps)
@@ -167,7 +166,7 @@ def training_rows(
     for name, budget in budgets(manifest, idle, batch).items():
         for limited in limits:
             limit = data_limit(manifest, idle, budget) if limited else None
-            report = train(bundle, data, work, batch, steps, budget, limit)
+            report = train(bundle, data, batch, steps, budget, limit)
             rows.append(row(bundle.parent.name, name, limited, budget, report))
     return rows
 
@@ -182,7 +181,7 @@ def probe(bundle: Path, data: Path, batch: int) -> Idle:
 def budgets(manifest: Manifest, idle: Idle, batch: int) -> dict[str, int]:
     """Name -> bytes, in whole MiB: everything in memory, everything paged, micro-batches.
 
-    The idle process is another one each time by some hundred KiB, so a budget may lead to the next tighter plan.
+    The idle process is another one each time by some hundred KiB, so there is half a MiB for it.
     """
     found = make_thresholds(
         manifest,
@@ -195,7 +194,7 @@ def budgets(manifest: Manifest, idle: Idle, batch: int) -> dict[str, int]:
     )
     micro = (found.least + found.batch) // 2
     wanted = {"resident": found.everything, "paged": found.batch, "micro-batches": micro}
-    return {name: -(-size // MIB) * MIB for name, size in wanted.items()}
+    return {name: -(-(size + MIB // 2) // MIB) * MIB for name, size in wanted.items()}
 
 
 def data_limit(manifest: Manifest, idle: Idle, budget: int) -> int:
@@ -207,12 +206,10 @@ def data_limit(manifest: Manifest, idle: Idle, budget: int) -> int:
     return idle.data + 2 * (budget - idle.idle) + stacks + OTHER_DATA_BYTES
 
 
-def train(
-    bundle: Path, data: Path, work: Path, batch: int, steps: int, budget: int, limit: int | None
-) -> dict[str, Any]:
+def train(bundle: Path, data: Path, batch: int, steps: int, budget: int, limit: int | None) -> dict[str, Any]:
     """The report of a training by the real command, or {"error": ...}."""
-    out = work / "run"
-    subprocess.run(["rm", "-rf", str(out)], check=True)
+    out = bundle.parent / "run"
+    shutil.rmtree(out, ignore_errors=True)
     given = ["--epochs", -(-steps // 20), "--batch", batch, "--lr", 1e-3, "--lr-schedule", "constant", "--val-every", 0]
     words = ["train", bundle, "--data", data, "--out", out, *given, "--memory-budget", budget, "--json"]
     done = run(words, None if limit is None else partial(_limit, limit))
@@ -221,6 +218,7 @@ def train(
 
 
 def _limit(data_bytes: int) -> None:
+    """Limit the address space of this process's data, and the stacks of its threads."""
     resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))
 

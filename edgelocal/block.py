@@ -13,7 +13,7 @@ from edgelocal.bundle import Bundle
 from edgelocal.errors import BundleError, DivergedError, UsageError
 from edgelocal.graphs import GraphPool
 from edgelocal.pages import PageFile
-from edgelocal.session import Tensor
+from edgelocal.session import Tensor, give_back
 from edgelocal.spec import BlockSpec, GraphSpec, MaskSpec
 from edgelocal.tensors import Array
 
@@ -71,8 +71,8 @@ class Block:
         Args:
             hyper: `lr` and the optimizer's hyper-parameters.
             number: the step's number in the run; with `seed` it fixes the random masks.
-            micro_batch: samples at a time; their gradients add up to those of the batch.
-            release: whether the runtime gives its working memory back afterwards.
+            micro_batch: samples at a time, whose gradients add up to those of the batch; None takes it whole.
+            release: whether the memory it worked in is given back to the system afterwards.
 
         Raises:
             DivergedError: the loss is not finite; the state is not to be used any more.
@@ -81,7 +81,7 @@ class Block:
         """
         state = self._load()
         masks = self._masks(x.batch, seed, number)
-        if micro_batch is None or micro_batch >= x.batch:
+        if micro_batch is None:
             result = self._whole(x, y, hyper, masks, state, release)
         else:
             result = self._in_parts(x, y, hyper, masks, state, micro_batch, release)
@@ -93,6 +93,8 @@ class Block:
         self._store(state)
         if self._page is not None:
             result.written_bytes += sum(tensor.array().nbytes for tensor in state.values())
+        if release:
+            give_back()  # what it replaced in small pieces; or the next block would seem to hold it
         return result
 
     def forward(self, x: Tensor, *, release: bool = False) -> Tensor:

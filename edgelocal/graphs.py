@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from edgelocal.bundle import Bundle
+from edgelocal.needs import loaded_bytes
 from edgelocal.session import Graph, give_back
-from edgelocal.spec import GraphSpec, graph_bytes
+from edgelocal.spec import GraphSpec
 
 
 class GraphPool:
@@ -34,7 +35,7 @@ class GraphPool:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         if self._limit is not None:
-            self._make_room(graph_bytes(spec))
+            self._make_room(loaded_bytes(spec, self._threads))
         graph = Graph(spec, self._bundle.read(spec.file), self._threads)
         self.loads += 1
         self._graphs[key] = graph
@@ -48,8 +49,14 @@ class GraphPool:
     def _make_room(self, size: int) -> None:
         assert self._limit is not None
         dropped = False
-        while self._graphs and sum(graph_bytes(g.spec) for g in self._graphs.values()) + size > self._limit:
+        while (
+            self._graphs
+            and sum(loaded_bytes(g.spec, self._threads) for g in self._graphs.values()) + size > self._limit
+        ):
             self._graphs.popitem(last=False)
             dropped = True
         if dropped:
             give_back()
+
+    def _held(self) -> int:
+        return sum(loaded_bytes(graph.spec, self._threads) for graph in self._graphs.values())

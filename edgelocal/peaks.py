@@ -98,8 +98,6 @@ class Network:
         ceiling = math.inf
         for bound in [*sorted({w for w in wholes if w < math.inf}, reverse=True), 0]:
             micro = [self.batch if w <= bound else 1 for w in wholes]
-            if bound == 0 and self.batch == 1:
-                return  # one sample has no parts
             if self._working_arena(micro) <= ceiling:
                 beside = self.beside(micro, self.graph_bytes(micro, every=False))
                 yield Case(beside, self.arena(micro), ceiling)

@@ -18,8 +18,10 @@ def make_report(
     notes: Sequence[str],
     metrics: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Per block and for the whole run; `scores` are those of the exits on validation, `idle_bytes` what the process held
-    before the first block."""
+    """Per block and for the whole run.
+
+    `scores` are those of the exits on validation, `idle_bytes` is what the process held before the first block.
+    """
     manifest, plan = trainer.manifest, trainer.plan
     training = {name: values for record in metrics for name, values in record["blocks"].items()}
     planned = plan.as_dict()["blocks"] if plan else [None] * len(trainer.blocks)

@@ -199,7 +199,8 @@ class Trainer:
 
     def _train_block(self, index: int, x: Tensor, y: Tensor, hyper: dict[str, float], samples: int) -> Tensor:
         measures = self.measures[index]
-        micro = self.plan.blocks[index].micro_batch if self.plan else None
+        own = self.plan.blocks[index] if self.plan else None
+        micro = own.micro_batch if own and own.accumulation > 1 else None
         alone, release = is_measured(self._rounds), self._releases
         started = time.perf_counter()
         self._note_peak()  # the meter sets the peak back

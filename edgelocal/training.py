@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgelocal.budget import format_size, parse_budget, rss_bytes
+from edgelocal.budget import format_size, parse_budget, reset_peak, rss_bytes
 from edgelocal.bundle import Bundle, open_bundle, verify
 from edgelocal.cache import cache_precision
 from edgelocal.config import TrainConfig
@@ -181,6 +181,7 @@ class _Job:
 
     def _attempt(self, plan: Plan | None, continued: bool, notes: list[str]) -> dict[str, Any]:
         request, info = self.request, self.info
+        reset_peak()  # that of an attempt before, or of opening the data, is behind us
         folder = RunFolder(request.out, info)
         loaded = folder.resume() if continued else None
         if continued:
@@ -247,17 +248,22 @@ def _plan(request: TrainRequest, bundle: Bundle, data: Dataset, validation: Data
         return None
     datasets = [data, *([validation] if validation is not None else [])]
     augment = manifest.augment if config.augment else None
-    total = pipeline_bytes(datasets, config.batch, manifest.input, augment)
     resident = sum(d.resident_bytes for d in datasets) + 8 * len(data)  # with the order of the epoch
+
+    def pipeline(batch: int) -> PipelineBytes:
+        total = pipeline_bytes(datasets, batch, manifest.input, augment)
+        return PipelineBytes(resident, max(0, total - resident))
+
     return make_plan(
         manifest,
         batch=min(config.batch, len(data)),
         schedule=config.schedule,
         idle_bytes=idle,
-        pipeline=PipelineBytes(resident, max(0, total - resident)),
+        pipeline=pipeline,
         budget_bytes=request.budget_bytes,
         validates=validation is not None,
         micro_batch=request.micro_batch,
+        threads=request.threads or describe().cores,
     )
 
 

@@ -46,7 +46,7 @@ class Fit:
 
 
 def fit(network: Network, request: ExportRequest, budget_bytes: int, say: Say) -> Fit:
-    """The partition of least training compute whose every block fits `budget_bytes`, the process on the device included.
+    """The partition of least training compute whose every block fits `budget_bytes`, the device's process included.
 
     Raises:
         BudgetError: none fits; the message gives the smallest budget that would do.

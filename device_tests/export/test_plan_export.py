@@ -76,6 +76,15 @@ def test_a_profile_and_the_table(bundle: Path) -> None:
         assert f" {block['predicted']['total'] / 2**20:.1f} " in row
 
 
+def test_without_a_profile_this_machine_is_measured(bundle: Path) -> None:
+    here = answer("doctor")["device"]
+    result = answer("plan", bundle, "--memory-budget", "50%")
+    assert result["profile"] is None
+    assert result["threads"] == here["cores"]
+    assert result["usable_bytes"] == pytest.approx(here["memory_available_bytes"], rel=0.5)
+    assert result["budget_bytes"] == result["usable_bytes"] // 2
+
+
 def test_what_fits_nowhere_exits_with_3(bundle: Path) -> None:
     result = answer("plan", bundle, "--memory-budget", "8MiB", code=3)
     assert result["kind"] == "BudgetError"

@@ -44,6 +44,7 @@ OPTIONS: dict[str, Any] = {
     "weights": None,
     "partial_weights": False,
     "seed": 0,
+    "memory_budget": None,
 }
 
 

@@ -108,8 +108,8 @@ def _uses(ops: Iterable[Op]) -> dict[str, list[int]]:
 def rewritten(graph: Graph, values: frozenset[str], least: int) -> Graph:
     """The graph with `values` computed again for the uses behind their longest wait.
 
-    What they are computed from, if it is cheap, has at least `least` bytes a sample and is not needed itself by then, is
-    computed again too.
+    What they are computed from is computed again too, if it is cheap, has at least `least` bytes a sample and is not
+    needed itself by then.
     """
     uses = _uses(graph.ops)
     made = {output: number for number, op in enumerate(graph.ops) for output in op.outputs}

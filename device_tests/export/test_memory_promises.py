@@ -1,0 +1,160 @@
+"""Promises M1 to M4 on real bundles, in short; `make memory` is the long form of M1 and M2 (docs/promises.md)."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import memory_promises
+import pytest
+from memory_promises import MIB, Row
+
+from device_tests.device.runs import ENVIRONMENT, answer, assert_same_bits, last_state
+from edgelocal.bundle import open_bundle
+
+BATCH, STEPS = 64, 4
+NETWORKS = ("mlp", "resnet8", "vgg11")  # linear layers; residual, with batch norm; max-pooling, large weights
+TRAIN = ("--epochs", 1, "--batch", BATCH, "--lr", 1e-3, "--lr-schedule", "constant", "--val-every", 0)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("promises")
+
+
+def bundle_of(work: Path, network: str) -> Path:
+    """The bundle, exported once for all tests of this file."""
+    return memory_promises.export(work, network, "auto", BATCH)
+
+
+def data_of(work: Path, network: str) -> Path:
+    bundle = bundle_of(work, network)
+    return memory_promises.random_data(bundle.parent / "d.npz", open_bundle(bundle).manifest, BATCH, STEPS)
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def rows(request: pytest.FixtureRequest, work: Path) -> list[Row]:
+    """Trainings at three budgets, under RLIMIT_DATA."""
+    found = memory_promises.training_rows(bundle_of(work, request.param), BATCH, STEPS, limits=(True,))
+    print("", *map(memory_promises.line, found), sep="\n")
+    return found
+
+
+def test_m1_no_process_holds_more_than_its_budget(rows: list[Row]) -> None:
+    assert [row.error for row in rows] == ["", "", ""]
+    assert [row.steps for row in rows] == [STEPS] * 3
+    for row in rows:
+        assert 0 < row.process_peak_bytes <= row.budget_bytes, row.budget
+    assert min(rows[0].micro_batches) == BATCH
+    assert rows[2].budget_bytes <= rows[1].budget_bytes <= rows[0].budget_bytes
+
+
+def test_m2_predictions_are_honest(rows: list[Row]) -> None:
+    """Of the block that needs most. Where all is small, the pages of code that a network happens to use weigh more."""
+    for row in rows:
+        predicted, measured = max(row.working_set, key=lambda pair: pair[1])
+        if measured > 16 * MIB:
+            assert 1.00 <= predicted / measured <= 1.15, row.budget
+        else:
+            assert 0 <= predicted - measured < 3 * MIB, row.budget
+
+
+# argv: bundle, data. Trainings inside this process, as the command would do them.
+INSIDE = """
+import inspect, json, sys, threading
+from pathlib import Path
+from edgelocal.budget import PeakMeter, rss_bytes
+from edgelocal.cli import train as command
+from edgelocal.console import error_console
+from edgelocal.errors import BudgetError, OverBudgetError
+from edgelocal.progress import Display
+from edgelocal.session import reserve, start
+from edgelocal.training import make_request, train
+
+start()
+options = command.make_context("train", sys.argv[1:2] + ["--data", sys.argv[2], "--out", "unused"]).params
+options = {name: options[name] for name in inspect.signature(make_request).parameters}
+options |= {"epochs": 1, "batch": 64, "lr": 1e-3, "lr_schedule": "constant", "val_every": 0}
+
+def trained(**changes):
+    return train(make_request(**options | changes), Display(error_console()), threading.Event())
+"""
+
+# argv also: folder of runs. Trainings that cannot fit: message, whether a run was begun, and growth of each.
+REFUSED = """
+found = []
+for mib in [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]:
+    out = Path(sys.argv[3]) / str(mib)
+    with PeakMeter() as meter:
+        try:
+            trained(out=out, memory_budget=f"{mib}MiB")
+        except BudgetError as error:
+            found.append([mib, str(error), out.exists()])
+    found[-1].append(meter.growth_bytes)
+print(json.dumps(found))
+"""
+
+# argv also: folder of runs, bytes of the arena, which is smaller than a whole batch needs, whatever the plan says.
+SCARCE = """
+arena = int(sys.argv[4])
+reserve(arena, arena)
+first, second = (Path(sys.argv[3]) / name for name in ("stopped", "replanned"))
+try:
+    trained(out=first)
+except OverBudgetError as error:
+    stopped = str(error)
+reports = [trained(out=first, on_oom="replan"), trained(out=second, on_oom="replan")]
+print(json.dumps({"stopped": stopped, "reports": reports}))
+"""
+
+
+def inside(code: str, *arguments: object) -> Any:
+    line = [sys.executable, "-c", INSIDE + code, *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_m3_what_cannot_fit_is_refused_before_anything_is_allocated(work: Path, tmp_path: Path) -> None:
+    found = inside(REFUSED, bundle_of(work, "resnet8"), data_of(work, "resnet8"), tmp_path)
+    assert [entry[0] for entry in found] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    for mib, message, begun, _ in found:
+        assert re.search(rf"block 0\d needs [0-9.]+ MiB .*the budget is {mib} MiB", message), message
+        assert "not even a batch of one sample fits" in message
+        assert not begun
+    growths = [entry[3] for entry in found]
+    print(f"M3: {len(found)} budgets refused, memory grew by {max(growths) / MIB:.2f} MiB at most")
+    assert max(growths) < 5 * MIB
+
+
+def test_m3_the_command_says_what_would_fit(work: Path, tmp_path: Path) -> None:
+    bundle, data = bundle_of(work, "resnet8"), data_of(work, "resnet8")
+    given = ["train", bundle, "--data", data, "--out", tmp_path / "run", *TRAIN]
+    refused = answer(*given, "--memory-budget", "1MiB", code=3)
+    assert refused["kind"] == "BudgetError"
+    least = int(re.search(r"the smallest budget for this batch is .*\(([0-9]+) bytes\)", refused["error"])[1])  # type: ignore[index]
+    close = answer(*given, "--memory-budget", least - MIB, code=3)
+    fitting = int(re.search(r"the largest --batch that fits is ([0-9]+)", close["error"])[1])  # type: ignore[index]
+    assert 1 <= fitting < BATCH
+    assert not (tmp_path / "run").exists()
+    # The idle process is another one each time, by some hundred KiB.
+    report = answer(*given, "--batch", fitting, "--memory-budget", least - MIB // 2)
+    assert report["process_peak_bytes"] <= least
+
+
+def test_m4_memory_that_runs_out_leaves_the_last_commit_and_replan_goes_on_from_it(work: Path, tmp_path: Path) -> None:
+    """In one process: a training stops for want of memory, is continued in smaller parts, and another one is begun."""
+    bundle, data = bundle_of(work, "resnet8"), data_of(work, "resnet8")
+    half = answer("train", bundle, "--data", data, "--out", tmp_path / "half", *TRAIN, "--micro-batch", BATCH // 2)
+    needed = max(block["predicted_arena_bytes"] for block in half["blocks"])
+    found = inside(SCARCE, bundle, data, tmp_path, needed * 6 // 10)  # the region is twice that
+    assert "step.onnx cannot be run: out of memory" in found["stopped"]
+    for report, run in zip(found["reports"], ("stopped", "replanned"), strict=True):
+        assert report["steps"] == STEPS
+        assert any("memory ran out" in note for note in report["notes"])
+        assert {block["plan"]["micro_batch"] for block in report["blocks"]} == {BATCH // 2}
+        assert_same_bits(last_state(tmp_path / run)[1], last_state(tmp_path / "half")[1])
