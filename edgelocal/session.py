@@ -110,9 +110,9 @@ _arena_bytes: int | None = None
 def reserve(arena_bytes: int, limit_bytes: int | None = None) -> None:
     """Set up the arena of the process, once, for runs that need `arena_bytes`; it may grow up to `limit_bytes` in all.
 
-    Both are bytes of memory, the arena's table included (`MemorySpec.arena_bytes`). The region is twice as large as what
-    runs need in it: its untouched rest is a free chunk like any other, and taken first where it is the smallest that
-    fits; while it is the largest, values lie where the exporter's simulation puts them, and the rest stays untouched.
+    Both are bytes of memory, the arena's table included (`MemorySpec.arena_bytes`). The region is twice as large as
+    what runs need in it: its untouched rest is a free chunk like any other, and taken first where it is the smallest
+    that fits; while it is the largest, values lie where the exporter's simulation puts them.
     A run takes the address space and touches what it uses. A process has one arena: later calls change nothing.
     """
     global _arena_bytes
@@ -156,7 +156,11 @@ def _run_tiny(*, shared: bool) -> None:
     )
     model = render([(1, VARINT, 8), (7, BYTES, graph), (8, BYTES, render([(2, VARINT, 13)]))])
     session = runtime().InferenceSession(model, _options(1, shared=shared), providers=["CPUExecutionProvider"])
-    session.run(["y"], {"x": np.zeros(1, dtype=np.float32)}, _releasing())
+    binding = session.io_binding()
+    values = [Tensor.empty((1,), "float32") for _ in range(2)]  # an output in the arena would keep its region there
+    binding.bind_ortvalue_input("x", values[0].value)
+    binding.bind_ortvalue_output("y", values[1].value)
+    session.run_with_iobinding(binding, _releasing())
 
 
 def _empty_arena() -> None:

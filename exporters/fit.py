@@ -65,7 +65,10 @@ def fit(network: Network, request: ExportRequest, budget_bytes: int, say: Say) -
             "--memory-budget, lower --batch, --aux-depth or --aux-depth-min, or let the device use micro-batches "
             "(export with --blocks per-unit)"
         )
-    say(f"{len(found.blocks)} blocks chosen after looking at {found.asked}; now the trade-off around them")
+    say(f"{len(found.blocks)} blocks chosen after looking at {found.asked}")
+    if not request.frontier:
+        return Fit(found.cut, found.depths, ())
+    say("now the trade-off around them")
     points = frontier(problem, learner.truth(request.rule), found.known)
     return Fit(found.cut, found.depths, (*_partitions(points, found), *learner.comparisons(problem, found, counter)))
 

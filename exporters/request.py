@@ -31,7 +31,7 @@ _MIN_STD = 1e-37  # float32 still divides by it
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What the command line asks for."""
+    """What the command line asks for. `frontier` shows the trade-off around what a budget chooses, which takes time."""
 
     network: str
     blocks: Blocks
@@ -45,6 +45,7 @@ class ExportRequest:
     partial_weights: bool
     seed: int
     budget_bytes: int | None = None
+    frontier: bool = True
 
     def check(self) -> None:
         """Raise UsageError for the first value out of range."""

@@ -260,7 +260,7 @@ def test_the_comparison_with_backpropagation_in_figures() -> None:
     linear = {**bp, "kind": "linear", "working_set_bytes": 20 * MIB}
     said = words.comparison(parse_report({"frontier": [bp, point, linear]}).frontier or ())
     assert said == [
-        "What was trained (6 blocks) has a working set of 34 MiB and 13 G multiply-accumulates a step, as predicted: "
+        "What was trained (6 blocks) has a working set of 34 MiB and 13 G multiply-accumulates a sample, as predicted: "
         "42 % of the memory and 1.30 times the work of backpropagation (80 MiB).",
         "Linear classifiers as auxiliaries: 20 MiB, 25 % of the memory and 1.00 times the work of backpropagation.",
     ]

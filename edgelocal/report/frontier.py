@@ -18,7 +18,7 @@ Box = tuple[float, float, float, float]
 
 
 def frontier_figure(report: Report) -> Figure:
-    """Working set on x, training MACs a step on y; partitions joined by a line, the others named."""
+    """Working set on x, training MACs a sample on y; partitions joined by a line, the others named."""
     points = report.frontier
     if not points:
         return Figure("frontier", TITLE, None, "no frontier was recorded: the bundle was not searched for a partition")
@@ -29,7 +29,7 @@ def frontier_figure(report: Report) -> Figure:
     low, high = padded([float(point.training_macs) for point in points], 0.14)
     y = Scale(max(0.0, low), high, BOTTOM, TOP)
     parts: list[str] = [
-        y_axis(y, ticks(y.low, y.high), words.short_count, "training MACs a step", LEFT, RIGHT),
+        y_axis(y, ticks(y.low, y.high), words.short_count, "training MACs a sample", LEFT, RIGHT),
         x_axis(x, ticks(0, x.high, 5, size_unit(x.high)), words.size, "working set (bytes above idle)", TOP, BOTTOM),
     ]
     taken: list[Box] = []
@@ -125,7 +125,7 @@ def _outside(box: Box) -> float:
 
 def _table(points: Sequence[FrontierPoint]) -> list[list[str]]:
     bp = next((point for point in points if point.kind == "bp"), None)
-    rows = [["kind", "blocks", "working set", "of bp", "MACs a step", "of bp", ""]]
+    rows = [["kind", "blocks", "working set", "of bp", "MACs a sample", "of bp", ""]]
     for p in points:
         rows.append(
             [

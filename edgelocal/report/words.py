@@ -132,7 +132,7 @@ def comparison(points: Sequence[FrontierPoint]) -> list[str]:
     name = f"{blocks_text(chosen.blocks)}" if chosen.kind == "partition" else f"{_name(chosen)}"
     first = (
         f"What was trained ({name}) has a working set of {size(chosen.working_set_bytes)} and "
-        f"{short_count(chosen.training_macs)} multiply-accumulates a step, as predicted"
+        f"{short_count(chosen.training_macs)} multiply-accumulates a sample, as predicted"
     )
     if bp is None or bp is chosen:
         return [f"{first}."]

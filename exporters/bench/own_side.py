@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def export_variant(
         memory_budget=budget,
     )
     say(f"exporting {variant}")
-    export_bundle(request, folder, say)
+    export_bundle(replace(request, frontier=False), folder, say)
     return Bundle(variant, folder)
 
 

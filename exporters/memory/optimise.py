@@ -65,6 +65,7 @@ def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapp
             best = min(best, graph, key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
     best = min(best, sink(graph, batch), key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
     model = _model_of(model, best)
+    onnx.checker.check_model(model)  # every value made once, and before its use
     digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
     return Lean(model, memory_model(best, batch, loss), digest, overwritable(best, pairs))
 

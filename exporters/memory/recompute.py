@@ -115,7 +115,7 @@ def rewritten(graph: Graph, values: frozenset[str], least: int) -> Graph:
     made = {output: number for number, op in enumerate(graph.ops) for output in op.outputs}
     start = {v: gap for v in values if (gap := _gap(made[v], uses[v])) is not None}
     types = dict(graph.types)
-    done: set[str] = set()
+    done: dict[str, str] = {}
     result: list[Op] = []
 
     def dead(value: str, number: int) -> bool:
@@ -126,14 +126,16 @@ def rewritten(graph: Graph, values: frozenset[str], least: int) -> Graph:
 
     def again(value: str, number: int) -> str:
         """Emit the recomputation of a value, after that of what it needs, and return its new name."""
-        name = value + AGAIN
         if value not in done:
-            done.add(value)
             op = graph.ops[made[value]]
             inputs = {i: again(i, number) for i in dict.fromkeys(op.inputs) if dead(i, number)}
+            name = value + AGAIN
+            while name in types:  # recomputed before, for another use
+                name += AGAIN
             types[name] = types[value]
+            done[value] = name
             result.append(_copy(op, inputs, {value: name}))
-        return name
+        return done[value]
 
     for number, op in enumerate(graph.ops):
         late = {i: again(i, number) for i in dict.fromkeys(op.inputs) if i in start and number >= start[i]}
