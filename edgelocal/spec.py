@@ -21,7 +21,7 @@ LOSSES = ("cross_entropy", "bce", "mse")
 PAD_MODES = ("reflect", "zero")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One input or output of a graph. `shape` may hold "N" for the batch."""
 
@@ -44,7 +44,7 @@ class TensorSpec:
         return math.prod(self.resolve(1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MaskSpec:
     """A random Bernoulli mask the runner feeds: input `name` is True with probability `keep`."""
 
@@ -52,7 +52,7 @@ class MaskSpec:
     keep: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GraphSpec:
     """An ONNX file of the bundle and its signature, in graph order.
 
@@ -69,7 +69,7 @@ class GraphSpec:
     nodes: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AffineSpec:
     """Bytes as a function of the batch: fixed + per_sample * N."""
 
@@ -81,7 +81,7 @@ class AffineSpec:
         return self.fixed + self.per_sample * batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PeakSpec:
     """What lives at one moment of a run, by kind; the peak of a run is the largest of a graph's moments.
 
@@ -253,7 +253,7 @@ class DefaultsSpec:
     lr_schedule: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileSpec:
     """Size in bytes and sha256 (hex) of a file of the bundle."""
 

@@ -184,7 +184,7 @@ def _write_block(
     specs: dict[str, GraphSpec] = {}
     memory: dict[str, MemorySpec] = {}
     for name, graph in graphs.items():
-        lean = optimise(graph, batch)
+        lean = optimise(graph, batch, settled=name == "step")
         memory[name] = lean.memory
         specs[name] = writer.graph(f"blocks/{block.name}/{name}.onnx", graph, lean)
     weights = f"blocks/{block.name}/weights.safetensors"

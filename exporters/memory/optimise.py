@@ -14,14 +14,15 @@ import onnx
 from edgelocal.exporters.memory.liveness import Graph, arena_peak, graph_of, overwritable
 from edgelocal.exporters.memory.merge import simplify
 from edgelocal.exporters.memory.model import memory_model, scratch
-from edgelocal.exporters.memory.order import queries_first, sink
+from edgelocal.exporters.memory.order import queries_first, settle, sink
 from edgelocal.exporters.memory.recompute import recompute
 from edgelocal.exporters.memory.shapes import value_types
 from edgelocal.exporters.onnx_block import ExportedGraph
 from edgelocal.spec import MemorySpec
 
 _ROUNDS = 2  # a value computed again may wait for two uses in turn
-_DONE: dict[tuple[bytes, int], Lean] = {}
+_DONE: dict[tuple[bytes, int, bool], Lean] = {}
+_SETTLED = 2000  # nodes; for larger graphs it would take minutes
 _MOST_DONE = 64  # bounds what a long process keeps
 
 
@@ -36,27 +37,28 @@ class Lean:
     in_place: tuple[str, ...]
 
 
-def optimise(exported: ExportedGraph, batch: int) -> Lean:
+def optimise(exported: ExportedGraph, batch: int, *, settled: bool = False) -> Lean:
     """The graph with the lowest peak found for `batch` samples, and its memory model for any batch.
 
-    What it computes stays the same, bit by bit; only the order of nodes and what is computed again differ.
+    What it computes stays the same, bit by bit; only the order of nodes and what is computed again differ. `settled`
+    looks longer for an order in which the arena wastes little.
     """
     names = {t.name: f"in/{i}" for i, t in enumerate(exported.inputs)}
     names |= {t.name: f"out/{i}" for i, t in enumerate(exported.outputs)}
     model = _renamed(exported.model, names)
     pairs = {names[t.name]: names[f"new/{t.name}"] for t in exported.inputs if f"new/{t.name}" in names}
-    key = model.SerializeToString(deterministic=True), batch
+    key = model.SerializeToString(deterministic=True), batch, settled
     if key not in _DONE:
         while len(_DONE) >= _MOST_DONE:
             del _DONE[next(iter(_DONE))]
         loss = next((names[t.name] for t in exported.outputs if t.name == "loss"), None)
-        _DONE[key] = _optimised(model, batch, loss, pairs)
+        _DONE[key] = _optimised(model, batch, loss, pairs, settled)
     lean = _DONE[key]
     back = {new: old for old, new in names.items()}
     return replace(lean, model=_renamed(lean.model, back), in_place=tuple(back[name] for name in lean.in_place))
 
 
-def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapping[str, str]) -> Lean:
+def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapping[str, str], settled: bool) -> Lean:
     model = simplify(model)
     best = graph = queries_first(graph_of(model, value_types(model)))
     for _ in range(_ROUNDS):
@@ -64,6 +66,8 @@ def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapp
             graph = trial
             best = min(best, graph, key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
     best = min(best, sink(graph, batch), key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
+    if settled and len(best.ops) <= _SETTLED:
+        best = settle(best, batch, scratch)
     model = _model_of(model, best)
     onnx.checker.check_model(model)  # every value made once, and before its use
     digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()

@@ -6,11 +6,12 @@ that file and execution agree. A large value that waits for its use is computed 
 
 from __future__ import annotations
 
-from edgelocal.exporters.memory.liveness import Graph, Op, living
+from edgelocal.exporters.memory.liveness import Graph, Op, Workspace, arena_peak, living
 
 FIRST = frozenset(("Shape", "Size"))
 _FAR = 4  # nodes between making a value and using it
 _WORTH = 0.02  # of the peak
+_TIGHT = 1.02  # of what lives: no arena does much better
 
 
 def queries_first(graph: Graph) -> Graph:
@@ -27,13 +28,7 @@ def sink(graph: Graph, batch: int) -> Graph:
     """The graph with large values made as late as lowers the peak of the arena."""
     best = living(graph, batch)
     least = _WORTH * best.most
-    names = [
-        output
-        for op in graph.ops
-        for output in op.outputs
-        if output in graph.types and output not in graph.outer and graph.types[output].size.at(batch) >= least
-    ]
-    for name in names:
+    for name in _large(graph, batch, least):
         moved = _moved(graph, name)
         if moved is None:
             continue
@@ -41,6 +36,54 @@ def sink(graph: Graph, batch: int) -> Graph:
         if trial.smooth < best.smooth:
             graph, best = moved, trial
     return graph
+
+
+def settle(graph: Graph, batch: int, workspace: Workspace, rounds: int = 2) -> Graph:
+    """The graph with ops moved where the arena wastes less between values: the same values live, but where they lie
+    depends on the order in which they came.
+
+    Each op that makes a large value is tried as early as its inputs allow, as late as its first use does, and between.
+    """
+    best, most = arena_peak(graph, batch, workspace), living(graph, batch).most
+    least, enough = _WORTH * most, _TIGHT * most
+    for _ in range(rounds):
+        before = best
+        for name in _large(graph, batch, least):
+            if best <= enough:
+                return graph
+            for place in _places(graph, name):
+                trial = _placed(graph, name, place)
+                size = arena_peak(trial, batch, workspace)
+                if size < best:
+                    graph, best = trial, size
+                    break
+        if best == before:
+            break
+    return graph
+
+
+def _large(graph: Graph, batch: int, least: float) -> list[str]:
+    """Values of at least `least` bytes that a run allocates."""
+    made = (output for op in graph.ops for output in op.outputs if output and output not in graph.outer)
+    return [name for name in made if graph.types[name].size.at(batch) >= least]
+
+
+def _places(graph: Graph, name: str) -> list[int]:
+    """Where the op that makes `name` could run instead, as positions in front of ops."""
+    ops = graph.ops
+    made = next(i for i, op in enumerate(ops) if name in op.outputs)
+    needed = set(ops[made].inputs)
+    early = 1 + max((i for i in range(made) if needed.intersection(ops[i].outputs)), default=-1)
+    late = next((i for i in range(made + 1, len(ops)) if _uses(ops[i], ops[made])), len(ops))
+    wanted = (late, (made + late) // 2, early, (early + made) // 2)
+    return [place for place in dict.fromkeys(wanted) if place not in (made, made + 1)]
+
+
+def _placed(graph: Graph, name: str, place: int) -> Graph:
+    made = next(i for i, op in enumerate(graph.ops) if name in op.outputs)
+    rest = [op for i, op in enumerate(graph.ops) if i != made]
+    at = place - (place > made)
+    return Graph((*rest[:at], graph.ops[made], *rest[at:]), graph.types, graph.outer)
 
 
 def _moved(graph: Graph, name: str) -> Graph | None:
