@@ -28,7 +28,7 @@ from edgelocal.budget import format_size
 from edgelocal.errors import BudgetError
 from edgelocal.needs import block_needs
 from edgelocal.peaks import RUNTIME_BYTES, Network, Pipeline, PipelineBytes
-from edgelocal.spec import Manifest
+from edgelocal.spec import ARENA_TABLE, Manifest
 
 __all__ = [
     "RUNTIME_BYTES",
@@ -230,13 +230,15 @@ def _plan(network: Network, micro: Sequence[int], mode: _Mode, budget: int | Non
         resident = frozenset(range(len(network.needs)))
     elif budget is not None:
         resident = network.resident(micro, graphs, budget - network.idle - arena)
-    blocks = _blocks(network, micro, resident, graphs)
+    blocks = _blocks(network, micro, resident, graphs, arena)
     peak = network.idle + arena + network.beside(micro, graphs, resident)
     kept = None if mode.graphs else graphs
     return Plan(network.batch, network.schedule, budget, network.idle, kept, blocks, arena, peak)
 
 
-def _blocks(network: Network, micro: Sequence[int], resident: frozenset[int], graphs: int) -> tuple[BlockPlan, ...]:
+def _blocks(
+    network: Network, micro: Sequence[int], resident: frozenset[int], graphs: int, largest_arena: int
+) -> tuple[BlockPlan, ...]:
     batch = network.batch
     kept = _sum(network.needs[i].state for i in resident)
     runtime = {"runtime": RUNTIME_BYTES + graphs, "pipeline": network.pipeline.resident}
@@ -252,7 +254,9 @@ def _blocks(network: Network, micro: Sequence[int], resident: frozenset[int], gr
         inside["workspace"] = arena - sum(inside.values())
         ends = {"input": needs.input.at(batch), "output": needs.output.at(batch)}
         own = {} if index in resident else needs.state
-        predicted = _sum((kept, own, way.written, inside, ends, runtime))
+        # The region is that of the largest arena, and so is its table.
+        table = {"runtime": max(0, largest_arena - arena) // (ARENA_TABLE + 1)}
+        predicted = _sum((kept, own, way.written, inside, ends, runtime, table))
         blocks.append(BlockPlan(needs.spec.name, size, -(-batch // size), index in resident, predicted, arena))
     return tuple(blocks)
 
