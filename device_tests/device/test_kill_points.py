@@ -82,7 +82,7 @@ print(json.dumps([killed, wrong]))
 SCHEDULES = {
     "interleaved": ["--schedule", "interleaved"],
     "sequential": ["--schedule", "sequential"],
-    "cached": ["--schedule", "sequential", "--cache", "--no-augment"],
+    "cached": ["--schedule", "sequential", "--cache", "float32", "--no-augment"],
 }
 
 
