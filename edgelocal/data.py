@@ -39,7 +39,7 @@ __all__ = [
 _ORDER_BYTES = 8  # of a sample's place in the order of an epoch
 _SHUFFLE_BYTES = 40  # of a sample while that order is made, see `permutation`
 _SAMPLE_OVERHEAD = 256  # random numbers, masks and places of a sample while its batch is made
-_OVERHEAD = 64 << 10  # small objects of Python
+_OVERHEAD = 512 << 10  # small objects of Python, and what decoders keep
 _FINDERS = (cifar.find, idx.find, npy.find, images.find)
 _EXPECTED = (
     "class folders of images (or a .zip of them), CIFAR binary files, IDX files, an .npz with x and y, or x.npy and "

@@ -143,4 +143,4 @@ def test_the_process_peak_is_that_of_the_process(tmp_path: Path) -> None:
     line = [sys.executable, "-c", LAUNCH, sys.executable, "-m", "edgelocal", *map(str, given), "--json"]
     done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=True)
     reported, counted = json.loads(done.stdout)
-    assert reported == pytest.approx(counted, rel=0.02)
+    assert reported == pytest.approx(counted, rel=0.04)  # each thread counts 64 pages before it tells the kernel
