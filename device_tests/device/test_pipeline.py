@@ -135,7 +135,9 @@ def test_the_bound_holds_for_the_memory_of_the_process_while_images_are_decoded(
     with PeakMeter() as meter:
         one_batch(data, spec, None, 4)
     predicted = pipeline_bytes([data], 4, spec, None)
-    assert meter.growth_bytes <= predicted <= 4 * (3 + 12) * side**2 * 1.5 + 24 * side**2 + 2 * data_largest(path) + MIB
+    # Half a MiB: what the system's allocator keeps of freed pieces depends on what the process did before.
+    assert meter.growth_bytes <= predicted + MIB // 2
+    assert predicted <= 4 * (3 + 12) * side**2 * 1.5 + 24 * side**2 + 2 * data_largest(path) + MIB
 
 
 def data_largest(path: Path) -> int:

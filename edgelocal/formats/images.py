@@ -31,7 +31,7 @@ MAX_IMAGE_BYTES = 64 << 20
 _CODECS = ("BMP", "JPEG", "PNG", "PPM", "WEBP")
 _FILE_COPIES = 2  # packed and unpacked in a .zip, or the file and the decoder's own copy of it
 _PIXEL_BYTES = 24  # Pillow takes 4 for each of: image, RGBA, result; then 6 for the array, 6 for progressive JPEG
-_DECODER_BYTES = 1 << 20  # windows, line buffers and tables of the decoders
+_DECODER_BYTES = 1 << 18  # windows and line buffers of the decoders
 _MODES = {1: "L", 3: "RGB"}
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")  # converting them to bytes would clip without a word
 
