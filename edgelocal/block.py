@@ -109,10 +109,6 @@ class Block:
         """The state as arrays, by graph input name; they change with the next step."""
         return {name: tensor.array() for name, tensor in self._load().items()}
 
-    def restore(self, arrays: Mapping[str, Array]) -> None:
-        """Set the state, after a step that failed."""
-        self._store({name: Tensor(np.array(array, order="C")) for name, array in arrays.items()})
-
     def release(self) -> None:
         """Drop the graphs and what memory they hold."""
         self._graphs.release()

@@ -7,10 +7,9 @@ from typing import Any
 from rich.table import Table
 
 from edgelocal.budget import format_size
+from edgelocal.needs import tensor_bytes
 from edgelocal.progress import count_parameters
 from edgelocal.spec import BlockSpec, Manifest
-
-ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1}
 
 
 def describe_bundle(manifest: Manifest) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def _describe_block(manifest: Manifest, block: BlockSpec) -> dict[str, Any]:
         "parameters": count_parameters(block.step.inputs),
         "depth": block.depth,
         "macs": None if block.macs is None else vars(block.macs),
-        "state_bytes": sum(t.elements_per_sample() * ITEM_BYTES[t.dtype] for t in block.state()),
+        "state_bytes": sum(tensor_bytes(t) for t in block.state()),
         "file_bytes": sum(manifest.files[name].size for name in names),
     }
 

@@ -1,7 +1,7 @@
 """The only module that imports ONNX Runtime: model bytes -> something that runs, in memory that is planned.
 
 Every run gets its inputs and outputs in memory of ours; what lives only while it runs comes from one arena that all
-graphs of the process share, one region as large as the plan says. Each run begins with an empty arena, so it lays out
+graphs of the process share, one region (see `reserve`). Each run begins with an empty arena, so it lays out
 its values the same way each time, and the exporter could know the peak (docs/decisions/0012). For this, nodes run in
 the order of the file, the runtime's own passes are off (they reorder, and undo recomputation), no memory pattern (it
 doubles the peak from the second run on) and no list of dead buffers is kept. No spinning: every graph has threads of

@@ -72,8 +72,9 @@ for number in range(int(sys.argv[3])):
             failures -= 1
         else:
             raise SystemExit("a step of 20,000 samples fitted 16 MiB")
-        block.restore(before)
-        del before
+        for name, array in block.state().items():
+            np.copyto(array, before[name])
+        del before, array
     step(block, 32, number, release=True)
     after.append(held())
 print(json.dumps({"messages": sorted(messages), "bits": bits(block), "held": after}))

@@ -3,6 +3,9 @@
 shapes      size of every value as a function of the batch
 liveness    in which order a runtime allocates and frees them
 arena       where its allocator puts them: the peak of a run
-passes      equal subexpressions merged, cheap maps recomputed, nodes ordered, so that the peak is low
+merge       constants folded, equal subexpressions merged
+recompute   cheap values computed again where keeping them costs more
+order       nodes ordered so that the peak is low
 model       the peak as fixed bytes + bytes per sample, by kind, for the manifest
+optimise    all of it, for one graph
 """
