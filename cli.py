@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
-from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
-from rich.console import Console
 
 from edgelocal import __version__
+from edgelocal.answers import Commands, emit, json_option, say_to
 from edgelocal.console import error_console
-from edgelocal.errors import EdgelocalError, InterruptedRunError, StorageError, UsageError
+from edgelocal.errors import UsageError
+from edgelocal.export_options import ExportOptions, export_options
 
 FOLDER = click.Path(path_type=Path)
 
 
-class _Command(click.Group):
-    """Turns our errors into one line on stderr and their exit code; with --json also into an object."""
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except click.ClickException as error:
-            _emit_error(error.format_message(), error)
-            raise  # click knows how to show it
-        except (KeyboardInterrupt, click.Abort):
-            _fail(InterruptedRunError("interrupted; what was committed before stands"))
-        except EdgelocalError as error:
-            _fail(error)
-
-
-def _fail(error: EdgelocalError) -> NoReturn:
-    """One line on stderr, and the exit code."""
-    _emit_error(str(error), error)
-    error_console().print(f"edgelocal: {error}", soft_wrap=True)
-    sys.exit(error.exit_code)
-
-
-def _emit_error(message: str, error: EdgelocalError | click.ClickException) -> None:
-    """With --json, the object that stands in for the result."""
-    if "--json" in sys.argv:
-        with contextlib.suppress(OSError):  # the exit code still says it
-            click.echo(json.dumps({"error": message, "kind": type(error).__name__, "exit_code": error.exit_code}))
-
-
-def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")(
-        command
-    )
-
-
-def _emit(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
-    """The result as JSON, or what a person reads of it."""
-    try:
-        if as_json:
-            click.echo(json.dumps(result, sort_keys=True))
-            return
-        console = Console(highlight=False, markup=False)
-        for part in shown:
-            console.print(part, soft_wrap=isinstance(part, str))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise  # whoever reads has seen enough; click ends the command quietly
-    except OSError as error:
-        found = f"the result cannot be written to stdout ({error.strerror})"
-        raise StorageError(f"{found}; the work itself is done") from None
-
-
-@click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="edgelocal")
 def main() -> None:
     """Train neural networks block by block on edge devices.
@@ -89,65 +34,8 @@ def main() -> None:
 @main.command()
 @click.argument("network")
 @click.argument("out", type=FOLDER)
-@click.option("--blocks", default="auto", show_default=True, help="A number, auto or per-unit.")
-@click.option("--rule", default="auglocal", show_default=True, help="auglocal, linear or bp (one block, the baseline).")
-@click.option("--aux-depth", default=2, show_default=True, help="Largest depth of the auxiliary networks.")
-@click.option("--aux-depth-min", default=1, show_default=True, help="Smallest depth of the auxiliary networks.")
-@click.option("--tau", default=0.5, show_default=True, help="How much shallower later auxiliaries are, 0 to 1.")
-@click.option(
-    "--tail",
-    type=click.Choice(["merge", "all"]),
-    default="merge",
-    show_default=True,
-    help="merge: the last aux-depth + 1 units are one block; all: every unit may be one.",
-)
-@click.option(
-    "--input",
-    "input_shape",
-    default="3x32x32",
-    show_default=True,
-    help="CxHxW or a length; int64:LENGTH for token ids.",
-)
-@click.option("--classes", default=10, show_default=True, help="Width of the output.")
-@click.option("--class-names", default="", help="Comma-separated, in the order of the outputs.")
-@click.option(
-    "--normalize", default="auto", show_default=True, help="auto, cifar, imagenet, half, none, or MEAN/STD with commas."
-)
-@click.option(
-    "--loss",
-    type=click.Choice(["cross_entropy", "bce", "mse"]),
-    default="cross_entropy",
-    show_default=True,
-    help="The local loss of every block.",
-)
-@click.option("--label-smoothing", default=0.0, show_default=True)
-@click.option(
-    "--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True, help="Goes into the graphs."
-)
-@click.option("--momentum", type=float, help="SGD's momentum.  [default: 0.9]")
-@click.option("--weight-decay", type=float, help="[default: 1e-4 for sgd, 1e-2 for adamw]")
-@click.option("--nesterov/--no-nesterov", default=True, show_default=True)
-@click.option("--pad", default=4, show_default=True, help="Augmentation: pad by this many pixels, crop back at random.")
-@click.option("--pad-mode", type=click.Choice(["reflect", "zero"]), default="reflect", show_default=True)
-@click.option("--flip/--no-flip", default=True, show_default=True, help="Augmentation: mirror half of the images.")
-@click.option("--batch", default=128, show_default=True, help="Default batch on the device.")
-@click.option("--epochs", default=10, show_default=True, help="Default number of epochs.")
-@click.option("--lr", default=0.1, show_default=True, help="Default learning rate.")
-@click.option(
-    "--lr-schedule",
-    type=click.Choice(["constant", "step", "cosine"]),
-    default="cosine",
-    show_default=True,
-    help="Default schedule; cosine ends at 0.",
-)
-@click.option(
-    "--memory-budget",
-    help="Bytes the process on the device may hold, such as 256MiB: choose the blocks that fit with the least compute.",
-)
-@click.option("--weights", type=FOLDER, help="Start from a .safetensors or .pt file (read weights-only).")
-@click.option("--partial-weights", is_flag=True, help="Take from --weights what fits, and report the rest.")
-@click.option("--seed", default=0, show_default=True, help="Of the initial weights.")
-@_json_option
+@export_options
+@json_option
 def export(network: str, out: Path, as_json: bool, **options: Any) -> None:
     """Turn NETWORK into the bundle folder OUT.
 
@@ -159,32 +47,32 @@ def export(network: str, out: Path, as_json: bool, **options: Any) -> None:
     from edgelocal.exporters.pack import export_bundle
     from edgelocal.exporters.request import make_request
 
-    request = make_request(network, **options)
-    result = export_bundle(request, out, _say(as_json))
-    _emit(result, as_json, bundle_table(result), *frontier_table(result), f"wrote {out}")
+    request = make_request(network, ExportOptions(**options))
+    result = export_bundle(request, out, say_to(as_json))
+    emit(result, as_json, bundle_table(result), *frontier_table(result), f"wrote {out}")
 
 
 @main.command()
 @click.argument("bundle", type=FOLDER)
-@_json_option
+@json_option
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what is in BUNDLE."""
     from edgelocal.bundle import open_bundle
     from edgelocal.inspect import bundle_table, describe_bundle, frontier_table
 
     info = describe_bundle(open_bundle(bundle).manifest)
-    _emit(info, as_json, bundle_table(info), *frontier_table(info))
+    emit(info, as_json, bundle_table(info), *frontier_table(info))
 
 
 @main.command()
 @click.argument("bundle", type=FOLDER)
-@_json_option
+@json_option
 def verify(bundle: Path, as_json: bool) -> None:
     """Check every byte of BUNDLE against its manifest."""
     from edgelocal.bundle import open_bundle, verify
 
     files = verify(open_bundle(bundle))
-    _emit(
+    emit(
         {"bundle": str(bundle), "files": list(files), "whole": True},
         as_json,
         f"{bundle}: {len(files)} files, all whole",
@@ -202,7 +90,7 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.option("--augment/--no-augment", default=True, show_default=True, help="As the bundle says.")
 @click.option("--profile", help="Of a device: jetson-orin-nano-8gb, raspberry-pi-5-4gb, ...  [default: this machine]")
 @click.option("--threads", type=click.IntRange(1, 256), help="[default: the cores of the device]")
-@_json_option
+@json_option
 def plan(as_json: bool, **options: Any) -> None:
     """Say what training BUNDLE would hold in memory, block by block, and what it would give up to fit.
 
@@ -212,7 +100,7 @@ def plan(as_json: bool, **options: Any) -> None:
     from edgelocal.plan_table import plan_lines, plan_table
 
     result = plan_bundle(PlanRequest(**options))
-    _emit(result, as_json, plan_table(result), plan_lines(result))
+    emit(result, as_json, plan_table(result), plan_lines(result))
 
 
 @main.command(short_help="Train BUNDLE, or continue.")
@@ -266,7 +154,7 @@ def plan(as_json: bool, **options: Any) -> None:
 )
 @click.option("--threads", type=click.IntRange(1, 256), help="[default: the usable cores]")
 @click.option("--seed", default=0, show_default=True, help="Of order, augmentation and masks.")
-@_json_option
+@json_option
 def train(as_json: bool, **options: Any) -> None:
     """Train BUNDLE block by block into a run folder. The same command continues an interrupted run."""
     from edgelocal.progress import Display
@@ -276,7 +164,7 @@ def train(as_json: bool, **options: Any) -> None:
 
     with stop_signals() as stop:
         report = train(make_request(**options), Display(error_console()), stop)
-        _emit(report, as_json, report_table(report), closing_lines(report))
+        emit(report, as_json, report_table(report), closing_lines(report))
 
 
 @main.command("eval", short_help="Measure RUN, at its end and at every exit.")
@@ -285,13 +173,13 @@ def train(as_json: bool, **options: Any) -> None:
 @click.option("--bundle", type=FOLDER, help="Where the bundle is, if it was moved.")
 @click.option("--batch", type=click.IntRange(min=1), help="[default: the run's]")
 @click.option("--threads", type=click.IntRange(1, 256), help="[default: the usable cores]")
-@_json_option
+@json_option
 def evaluate(run: Path, as_json: bool, **options: Any) -> None:
     """Measure the network of RUN, at its end and at the exit of every block."""
     from edgelocal.commands import evaluate_run, exits_table
 
     result = evaluate_run(run, **options)
-    _emit(result, as_json, exits_table(result), *(f"note: {note}" for note in result["notes"]))
+    emit(result, as_json, exits_table(result), *(f"note: {note}" for note in result["notes"]))
 
 
 @main.command(short_help="Write the model of RUN: ONNX and PyTorch.")
@@ -299,13 +187,13 @@ def evaluate(run: Path, as_json: bool, **options: Any) -> None:
 @click.option("--out", type=FOLDER, required=True, help="Folder to write.")
 @click.option("--exit-block", type=int, help="End the network at this block, through its auxiliary head.")
 @click.option("--bundle", type=FOLDER, help="Where the bundle is, if it was moved.")
-@_json_option
+@json_option
 def finish(run: Path, out: Path, exit_block: int | None, bundle: Path | None, as_json: bool) -> None:
     """Write model.onnx (inference, any runtime) and weights.safetensors (PyTorch) of RUN."""
     from edgelocal.commands import finish_run, finish_text
 
     result = finish_run(run, out, exit_block, bundle)
-    _emit(result, as_json, finish_text(result), *(f"note: {note}" for note in result["notes"]))
+    emit(result, as_json, finish_text(result), *(f"note: {note}" for note in result["notes"]))
 
 
 @main.command(short_help="What RUN reached and measured: tables, a page, JSON.")
@@ -313,7 +201,7 @@ def finish(run: Path, out: Path, exit_block: int | None, bundle: Path | None, as
 @click.option(
     "--html", type=FOLDER, help="Also write a page with charts to this file; it needs nothing else to be read."
 )
-@_json_option
+@json_option
 def report(run: Path, html: Path | None, as_json: bool) -> None:
     """Show what RUN reached, and what was measured beside what was planned."""
     from edgelocal.report.load import load_report
@@ -323,17 +211,17 @@ def report(run: Path, html: Path | None, as_json: bool) -> None:
     result = load_report(run)
     if html is not None:
         write_page(result, html)
-    _emit(result, as_json, report_table(result), closing_lines(result), *([f"wrote {html}"] if html else []))
+    emit(result, as_json, report_table(result), closing_lines(result), *([f"wrote {html}"] if html else []))
 
 
 @main.command(short_help="This machine, this installation, what to mend.")
-@_json_option
+@json_option
 def doctor(as_json: bool) -> None:
     """Say what this machine and this installation are, and what to mend."""
     from edgelocal.commands import doctor_report, doctor_table
 
     result = doctor_report()
-    _emit(result, as_json, doctor_table(result))
+    emit(result, as_json, doctor_table(result))
     if result["problems"]:
         sys.exit(UsageError.exit_code)
 
@@ -343,7 +231,7 @@ def doctor(as_json: bool) -> None:
     "--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder for bundle, data, run and model."
 )
 @click.option("--memory-budget", default="256MiB", show_default=True)
-@_json_option
+@json_option
 def demo(out: Path, memory_budget: str, as_json: bool) -> None:
     """Train a small ResNet on handwritten digits, from export to the finished model."""
     from edgelocal.report.terminal import report_table
@@ -351,8 +239,8 @@ def demo(out: Path, memory_budget: str, as_json: bool) -> None:
     _need_export_extra()
     from edgelocal.exporters.demo import run_demo
 
-    result = run_demo(out, memory_budget, _say(as_json))
-    _emit(result, as_json, report_table(result["report"]), result["conclusion"])
+    result = run_demo(out, memory_budget, say_to(as_json))
+    emit(result, as_json, report_table(result["report"]), result["conclusion"])
 
 
 @main.group(short_help="Measure side by side with PyTorch.")
@@ -370,7 +258,7 @@ def bench() -> None:
 @click.option("--threads", default=2, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=FOLDER, help="Write the figures to this JSON file too.")
-@_json_option
+@json_option
 def bench_memory_command(
     network: str, input_shape: str, rounds: int, out: Path | None, as_json: bool, **options: Any
 ) -> None:
@@ -379,14 +267,8 @@ def bench_memory_command(
     from edgelocal.exporters.bench.compare import bench_memory, bench_table
     from edgelocal.exporters.bench.result import Setting
 
-    result = bench_memory(Setting(network, input_shape, **options), rounds, out, _say(as_json))
-    _emit(result, as_json, bench_table(result))
-
-
-def _say(as_json: bool) -> Callable[[str], None]:
-    """Where commands tell what they are doing: stderr, or nowhere with --json."""
-    console = error_console()
-    return (lambda text: None) if as_json else partial(console.print, soft_wrap=True)
+    result = bench_memory(Setting(network, input_shape, **options), rounds, out, say_to(as_json))
+    emit(result, as_json, bench_table(result))
 
 
 def _need_export_extra() -> None:

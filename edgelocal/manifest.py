@@ -198,8 +198,10 @@ def _check_memory(block: BlockSpec) -> None:
     models = (getattr(block.memory, field.name) for field in dataclasses.fields(block.memory))
     for model in (m for m in models if m is not None):
         where = f"block {block.name}: memory"
-        batches = [point[0] for point in model.arena if len(point) == 2]
-        expect(len(batches) == len(model.arena) >= 2, where, "pairs of batch and bytes", model.arena)
+        batches = [point[0] for point in model.arena if len(point) == 3]
+        expect(len(batches) == len(model.arena) >= 2, where, "batch, bytes touched and bytes of region", model.arena)
+        fits = all(touched <= region for _, touched, region in model.arena)
+        expect(fits, where, "regions no smaller than what is touched of them", model.arena)
         expect(batches == sorted(set(batches)) and batches[0] == 1, where, "rising batches from 1 on", batches)
         expect(len(model.peaks) > 0, where, "at least one peak", model.peaks)
         affine = [a for p in model.peaks for a in (p.activations, p.gradients, p.workspace)]

@@ -11,7 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from edgelocal.spec import AffineSpec, BlockMemorySpec, BlockSpec, GraphSpec, MemorySpec, TensorSpec, graph_bytes
+from edgelocal.spec import (
+    AffineSpec,
+    ArenaBytes,
+    BlockMemorySpec,
+    BlockSpec,
+    GraphSpec,
+    MemorySpec,
+    TensorSpec,
+    graph_bytes,
+)
 
 ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1}
 THREAD_BYTES = 60 << 10  # what a thread touches; a loaded graph has one for each of --threads beyond the first
@@ -24,13 +33,13 @@ class Way:
     by kind of what it keeps outside of the arena besides the state."""
 
     model: MemorySpec
-    floor: int  # of the arena: what the update takes that follows the micro-batches
+    floor: ArenaBytes  # what the update needs that follows the micro-batches
     graphs: tuple[GraphSpec, ...]
     written: dict[str, int]
 
-    def arena(self, samples: int) -> int:
-        """Bytes of the arena with so many samples at a time."""
-        return max(self.model.arena_bytes(samples), self.floor)
+    def arena(self, samples: int) -> ArenaBytes:
+        """What it needs of the arena with so many samples at a time."""
+        return self.model.arena_at(samples).joined(self.floor)
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,14 @@ class BlockNeeds:
         """The graphs of inference mode."""
         return (self.spec.forward,) if self.spec.head is None else (self.spec.forward, self.spec.head)
 
-    def forward_arena(self, batch: int) -> int:
-        """Bytes of the arena while a batch passes through the block in inference mode."""
-        return self.memory.forward.arena_bytes(batch)
+    def forward_arena(self, batch: int) -> ArenaBytes:
+        """What a batch that passes through the block in inference mode needs of the arena."""
+        return self.memory.forward.arena_at(batch)
 
-    def exit_arena(self, batch: int) -> int:
+    def exit_arena(self, batch: int) -> ArenaBytes:
         """The same, through its head too where it has one."""
-        head = self.memory.head
-        return max(self.forward_arena(batch), head.arena_bytes(batch) if head is not None else 0)
+        passing, head = self.forward_arena(batch), self.memory.head
+        return passing if head is None else passing.joined(head.arena_at(batch))
 
 
 def block_needs(spec: BlockSpec) -> BlockNeeds:
@@ -79,10 +88,10 @@ def block_needs(spec: BlockSpec) -> BlockNeeds:
         source=_affine((spec.step.inputs[0],)),
         input=_affine(t for kind, t in inputs if kind in ("", "rand")),
         output=_affine((spec.step.outputs[0],)),
-        whole=Way(memory.step, 0, (spec.step,), _copies(spec.step)),
+        whole=Way(memory.step, ArenaBytes(0, 0), (spec.step,), _copies(spec.step)),
         parts=Way(
             memory.gradient,
-            memory.apply.arena_bytes(1),
+            memory.apply.arena_at(1),
             (second.gradient, second.apply),
             copies | {"gradients": copies.get("gradients", 0) + sums},
         ),

@@ -1,23 +1,25 @@
 """The peak of a network at one batch, as sums: what lies in the runtime's arena, and what beside it.
 
-The arena once touched stays, so the process's peak is the arena's largest use by any block plus the most that lies
-beside it. What lies beside depends only on which blocks take the batch whole and which in parts, not on how small the
-parts are. So there are few cases, ordered by the bound on the arena down to which they hold: the smallest budget is
-the least of them, and under a budget the micro-batches are the largest that one bound on the arena, the same for all
-blocks, allows.
+The arena once touched stays, and has one region for all graphs of the process. So the process's peak is the most that
+any run touches of it, the table of the largest region that any run needs, and the most that lies beside.
+
+Micro-batches are chosen by one bound on the arena, the same for all blocks, as if each had a region of its own. The
+lower the bound, the smaller the micro-batches: under a budget they are the first, from no bound on downwards, with
+which the whole process fits, and the smallest budget is the least that any of them needs.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import groupby
+from operator import itemgetter
 from typing import TypeAlias
 
 from edgelocal.needs import BlockNeeds, Way, loaded_bytes
-from edgelocal.spec import GraphSpec
+from edgelocal.spec import ArenaBytes, GraphSpec
 
 RUNTIME_BYTES = 11 << 19  # code and tables of the runtime that its first steps touch (measured, docs/promises.md)
 
@@ -34,18 +36,17 @@ Pipeline: TypeAlias = PipelineBytes | Callable[[int], PipelineBytes]  # known, o
 
 
 @dataclass(frozen=True)
-class Case:
-    """Micro-batches that differ only within the arena, of which each block may take up to `ceiling` bytes. The smallest
-    of them make the arena `least` bytes large; `beside` lies beside it."""
+class Choice:
+    """Micro-batches of all blocks; what they need of the arena, and the bytes that lie beside it at most."""
 
+    micro: tuple[int, ...]
+    arena: ArenaBytes
     beside: int
-    least: int
-    ceiling: float
 
     @property
     def total(self) -> int:
-        """The smallest peak of this case above the idle process."""
-        return self.beside + self.least
+        """The peak above the idle process with nothing kept that could be given up."""
+        return self.arena.total + self.beside
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,11 @@ class Network:
     @property
     def least(self) -> int:
         """The smallest budget."""
-        return self.idle + min(case.total for case in self.cases())
+        return self.idle + min(choice.total for choice in self.choices())
 
     def fits(self, budget: int) -> bool:
         """Whether there is a plan at all."""
-        return self.idle + self._held <= budget and any(self.idle + case.total <= budget for case in self.cases())
+        return self.idle + self._held <= budget and any(self.idle + choice.total <= budget for choice in self.choices())
 
     def largest_batch(self, budget: int) -> int:
         """The largest smaller batch that fits, 0 if none does. What fits is not always less than what does not (the
@@ -92,40 +93,57 @@ class Network:
         """Less than any plan needs, and quick: state, input and output of a block."""
         return max(n.state_bytes + n.input.at(self.batch) + n.output.at(self.batch) for n in self.needs)
 
-    def cases(self) -> Iterator[Case]:
-        """The cases, those that give up less first: ever more blocks take the batch in parts, the neediest first."""
-        wholes = [n.whole.arena(self.batch) if self.most == self.batch else math.inf for n in self.needs]
-        ceiling = math.inf
-        for bound in [*sorted({w for w in wholes if w < math.inf}, reverse=True), 0]:
-            micro = [self.batch if w <= bound else 1 for w in wholes]
-            if self._working_arena(micro) <= ceiling:
-                beside = self.beside(micro, self.graph_bytes(micro, every=False))
-                yield Case(beside, self.arena(micro), ceiling)
-            ceiling = bound - 1
+    def choices(self) -> Iterator[Choice]:
+        """The micro-batches under an ever lower bound on the arena: for every block the fewest parts of the batch with
+        which it fits, or its smallest need where nothing does."""
+        ladders = [self._ladder(needs) for needs in self.needs]
+        # Where the bound falls below what a block needs: that need, the block, and how far it goes down its ladder.
+        falls = ((a.total, i, k) for i, ladder in enumerate(ladders) for k, (_, a) in enumerate(ladder[:-1], start=1))
+        micro = [ladder[0][0] for ladder in ladders]
+        arenas = [*(ladder[0][1] for ladder in ladders), self.floor]
+        touched, region = [a.touched for a in arenas], [a.region for a in arenas]
+        beside = self._least_beside(micro)
+        yield Choice(tuple(micro), ArenaBytes(max(touched), max(region)), beside)
+        for _, together in groupby(sorted(falls, reverse=True), key=itemgetter(0)):
+            cut = False
+            for _, i, k in together:
+                cut |= micro[i] >= self.batch
+                micro[i], arena = ladders[i][k]
+                touched[i], region[i] = arena.touched, arena.region
+            beside = self._least_beside(micro) if cut else beside  # how small the parts are makes no difference
+            yield Choice(tuple(micro), ArenaBytes(max(touched), max(region)), beside)
 
-    def arena(self, micro: Sequence[int]) -> int:
-        """Bytes of the arena that all blocks and all passes need."""
-        return max(self.floor, self._working_arena(micro))
+    def _least_beside(self, micro: Sequence[int]) -> int:
+        """What lies beside the arena with nothing kept that could be given up."""
+        return self.beside(micro, self.graph_bytes(micro, every=False))
 
-    def _working_arena(self, micro: Sequence[int]) -> int:
-        return max(self.way(n, size).arena(size) for n, size in zip(self.needs, micro, strict=True))
-
-    def micro_batches(self, arena: float) -> list[int]:
-        """For every block the fewest parts of the batch with which it needs at most `arena`."""
+    def _ladder(self, needs: BlockNeeds) -> list[tuple[int, ArenaBytes]]:
+        """Micro-batches of about one size, from the largest on, with what they need of the arena: those that need less
+        than all larger ones."""
         sizes = sorted({self.most, *(-(-self.batch // parts) for parts in range(1, self.batch + 1))}, reverse=True)
-        sizes = [size for size in sizes if size <= self.most]
-        return [next(n for n in sizes if self.way(needs, n).arena(n) <= arena) for needs in self.needs]
+        found: list[tuple[int, ArenaBytes]] = []
+        for size in sizes:
+            if size <= self.most:
+                arena = self.way(needs, size).arena(size)
+                if not found or arena.total < found[-1][1].total:
+                    found.append((size, arena))
+        return found
+
+    def arena(self, micro: Sequence[int]) -> ArenaBytes:
+        """What all blocks and all passes need of the arena."""
+        ways = (self.way(n, size).arena(size) for n, size in zip(self.needs, micro, strict=True))
+        return reduce(ArenaBytes.joined, ways, self.floor)
 
     def way(self, needs: BlockNeeds, micro: int) -> Way:
         """How a block takes the batch, so many samples at a time."""
         return needs.whole if micro >= self.batch else needs.parts
 
     @cached_property
-    def floor(self) -> int:
-        """Bytes of the arena while a batch passes through the network in inference mode."""
+    def floor(self) -> ArenaBytes:
+        """What a batch that passes through the network in inference mode needs of the arena."""
         exits = [n.exit_arena(self.batch) for n in self.needs] if self.validates else []
         frozen = [n.forward_arena(self.batch) for n in self.needs[:-1]] if self.schedule == "sequential" else []
-        return max([0, *exits, *frozen])
+        return reduce(ArenaBytes.joined, [*exits, *frozen], ArenaBytes(0, 0))
 
     def beside(self, micro: Sequence[int], graphs: int, resident: frozenset[int] = frozenset()) -> int:
         """What lies beside the arena at most, with the states of `resident` blocks always in memory."""

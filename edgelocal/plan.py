@@ -5,13 +5,15 @@ What a process holds while block b works, above the idle process:
     state       parameters, optimizer slots and buffers: of all blocks, or of b alone where they are paged
     copies      what a step writes anew beside them (parameters that are still read, sums of gradients)
     graphs      loaded graphs, of all blocks (equal structures once) or the largest alone
-    arena       activations, gradients, workspace: the memory model at the micro-batch
+    arena       activations, gradients, workspace: the memory model at the micro-batch; and its region's table
     in and out  the batch and the block's output for the next block
     data        what the data pipeline keeps
 
-The arena once touched stays, so the process's peak is its largest use by any block plus the most that lies beside it:
+The arena once touched stays, and has one region, so the process's peak is its largest use by any block, the table of
+the largest region, and the most that lies beside it:
 
-    peak = idle + max over blocks (arena) + max(max over blocks (all but the arena), making a batch, passing one on)
+    arena = max over blocks (touched) + max over blocks (region) / 32
+    peak = idle + arena + max(max over blocks (all but the arena), making a batch, passing one on)
 
 If not everything fits, the plan gives up, in this order: graphs that stay loaded, state that stays in memory, and last
 the whole batch at once (micro-batches, whose gradients add up; exact but for batch statistics). More memory never gives
@@ -28,7 +30,7 @@ from edgelocal.budget import format_size
 from edgelocal.errors import BudgetError
 from edgelocal.needs import block_needs
 from edgelocal.peaks import RUNTIME_BYTES, Network, Pipeline, PipelineBytes
-from edgelocal.spec import ARENA_TABLE, Manifest
+from edgelocal.spec import ARENA_TABLE, Manifest, table_bytes
 
 __all__ = [
     "RUNTIME_BYTES",
@@ -50,7 +52,7 @@ KINDS = (
 @dataclass(frozen=True)
 class BlockPlan:
     """How one block trains. `predicted` are bytes by kind above the idle process while it works, `arena` those of them
-    that the runtime's arena takes."""
+    that the runtime's arena takes, the table of the process's region included."""
 
     name: str
     micro_batch: int
@@ -67,7 +69,8 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the runner does with the memory it has. `graphs_bytes` bounds the loaded graphs; None keeps all of them."""
+    """What the runner does with the memory it has. `graphs_bytes` bounds the loaded graphs; None keeps all of them. The
+    arena takes `arena_bytes` in a region of `region_bytes`."""
 
     batch: int
     schedule: str
@@ -76,12 +79,15 @@ class Plan:
     graphs_bytes: int | None
     blocks: tuple[BlockPlan, ...]
     arena_bytes: int
+    region_bytes: int
     peak_bytes: int
 
     @property
-    def arena_limit(self) -> int | None:
-        """What the arena may take at most: the budget without everything else."""
-        return None if self.budget_bytes is None else self.arena_bytes + self.budget_bytes - self.peak_bytes
+    def region_limit(self) -> int | None:
+        """What regions may take in all: this one, and with its table what the budget leaves."""
+        if self.budget_bytes is None:
+            return None
+        return self.region_bytes + (self.budget_bytes - self.peak_bytes) * ARENA_TABLE // (ARENA_TABLE + 1)
 
     def halved(self) -> Plan | None:
         """The plan with every micro-batch halved; None where all are single samples."""
@@ -101,6 +107,7 @@ class Plan:
             "budget_bytes": self.budget_bytes,
             "idle_bytes": self.idle_bytes,
             "arena_bytes": self.arena_bytes,
+            "region_bytes": self.region_bytes,
             "peak_bytes": self.peak_bytes,
             "graphs_bytes": self.graphs_bytes,
             "blocks": [
@@ -214,11 +221,9 @@ def _least_given_up(network: Network, budget: int | None) -> Plan | None:
         plan = _plan(network, network.uncut, mode, budget)
         if budget is None or plan.peak_bytes <= budget:
             return plan
-    for case in network.cases():
-        room = (budget or 0) - network.idle - case.beside
-        if room >= case.least:
-            return _plan(network, network.micro_batches(min(room, case.ceiling)), _NOTHING, budget)
-    return None
+    fitting = (choice for choice in network.choices() if network.idle + choice.total <= (budget or 0))
+    choice = next(fitting, None)
+    return None if choice is None else _plan(network, choice.micro, _NOTHING, budget)
 
 
 def _plan(network: Network, micro: Sequence[int], mode: _Mode, budget: int | None) -> Plan:
@@ -229,35 +234,45 @@ def _plan(network: Network, micro: Sequence[int], mode: _Mode, budget: int | Non
     if mode.states:
         resident = frozenset(range(len(network.needs)))
     elif budget is not None:
-        resident = network.resident(micro, graphs, budget - network.idle - arena)
-    blocks = _blocks(network, micro, resident, graphs, arena)
-    peak = network.idle + arena + network.beside(micro, graphs, resident)
-    kept = None if mode.graphs else graphs
-    return Plan(network.batch, network.schedule, budget, network.idle, kept, blocks, arena, peak)
+        resident = network.resident(micro, graphs, budget - network.idle - arena.total)
+    blocks = _blocks(network, micro, resident, graphs, table_bytes(arena.region))
+    peak = network.idle + arena.total + network.beside(micro, graphs, resident)
+    return Plan(
+        batch=network.batch,
+        schedule=network.schedule,
+        budget_bytes=budget,
+        idle_bytes=network.idle,
+        graphs_bytes=None if mode.graphs else graphs,
+        blocks=blocks,
+        arena_bytes=arena.total,
+        region_bytes=arena.region,
+        peak_bytes=peak,
+    )
 
 
 def _blocks(
-    network: Network, micro: Sequence[int], resident: frozenset[int], graphs: int, largest_arena: int
+    network: Network, micro: Sequence[int], resident: frozenset[int], graphs: int, table: int
 ) -> tuple[BlockPlan, ...]:
     batch = network.batch
     kept = _sum(network.needs[i].state for i in resident)
-    runtime = {"runtime": RUNTIME_BYTES + graphs, "pipeline": network.pipeline.resident}
+    # The region is that of the graph that needs the largest, and so is its table, whichever block works.
+    runtime = {"runtime": RUNTIME_BYTES + graphs + table, "pipeline": network.pipeline.resident}
     frozen, blocks = 0, []
     for index, (needs, size) in enumerate(zip(network.needs, micro, strict=True)):
         way = network.way(needs, size)
-        arena = max(way.arena(size), frozen)
+        touched = max(way.arena(size).touched, frozen)
         if network.schedule == "sequential":
-            frozen = max(frozen, needs.forward_arena(batch))
+            frozen = max(frozen, needs.forward_arena(batch).touched)
         peak = way.model.peak(size)
         inside = {"activations": peak.activations.at(size), "gradients": peak.gradients.at(size)}
         # The rest of the arena is what kernels need and what lies waste between values.
-        inside["workspace"] = arena - sum(inside.values())
+        inside["workspace"] = touched - sum(inside.values())
         ends = {"input": needs.input.at(batch), "output": needs.output.at(batch)}
         own = {} if index in resident else needs.state
-        # The region is that of the largest arena, and so is its table.
-        table = {"runtime": max(0, largest_arena - arena) // (ARENA_TABLE + 1)}
-        predicted = _sum((kept, own, way.written, inside, ends, runtime, table))
-        blocks.append(BlockPlan(needs.spec.name, size, -(-batch // size), index in resident, predicted, arena))
+        predicted = _sum((kept, own, way.written, inside, ends, runtime))
+        blocks.append(
+            BlockPlan(needs.spec.name, size, -(-batch // size), index in resident, predicted, touched + table)
+        )
     return tuple(blocks)
 
 
@@ -272,8 +287,8 @@ def _sum(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 def _refusal(network: Network, budget: int) -> str:
     """Why nothing fits, and what would."""
-    case = min(network.cases(), key=lambda c: c.total)
-    plan = _plan(network, network.micro_batches(min(case.least, case.ceiling)), _NOTHING, None)
+    least = min(network.choices(), key=lambda choice: choice.total)
+    plan = _plan(network, least.micro, _NOTHING, None)
     worst = max(plan.blocks, key=lambda b: b.total)
     need = network.idle + worst.total
     apart = f"{format_size(network.idle)} of it the idle process"

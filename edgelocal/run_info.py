@@ -25,7 +25,7 @@ MAX_RUN_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What run.json says."""
+    """What run.json says. `threads`, those of every loaded graph, decide no bits: a run goes on with any number."""
 
     bundle: str
     bundle_digest: str
@@ -35,6 +35,7 @@ class RunInfo:
     budget_bytes: int | None
     runtime: dict[str, str]
     micro_batches: tuple[int, ...] | None = None
+    threads: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -59,6 +60,7 @@ def describe_run(
     config: TrainConfig,
     budget: int | None,
     micro_batches: tuple[int, ...] | None,
+    threads: int,
 ) -> RunInfo:
     """The description of a new run."""
     return RunInfo(
@@ -70,6 +72,7 @@ def describe_run(
         budget_bytes=budget,
         runtime=runtime_info().as_dict(),
         micro_batches=micro_batches,
+        threads=threads,
     )
 
 
@@ -109,4 +112,5 @@ def _parse_run(data: bytes) -> RunInfo:
     config = info.config
     expect(config.epochs >= 1 and config.batch >= 1, "config", "positive epochs and batch", config)
     expect(config.schedule in TRAINING_SCHEDULES, "config.schedule", f"one of {TRAINING_SCHEDULES}", config.schedule)
+    expect(info.threads is None or info.threads >= 1, "threads", "a positive integer", info.threads)
     return info

@@ -68,5 +68,6 @@ def make_report(
         "timeline": [list(point) for point in trainer.timeline.points],
         "frontier": None if frontier is None else [vars(point) for point in frontier],
         "runtime": info.runtime,
+        "threads": info.threads,
         "notes": list(notes),
     }

@@ -28,7 +28,7 @@ from edgelocal.doctor import advice
 from edgelocal.errors import BundleError, EdgelocalError, OverBudgetError, RuntimeMissingError
 from edgelocal.onnx_scan import scan
 from edgelocal.protobuf import BYTES, VARINT, render
-from edgelocal.spec import ARENA_TABLE, BATCH, GraphSpec, TensorSpec
+from edgelocal.spec import BATCH, GraphSpec, TensorSpec
 from edgelocal.tensors import Array
 
 GRAPH_LEVEL = "none"
@@ -83,6 +83,7 @@ _MMAP_FROM = 1 << 20
 _MALLOPT_TRIM, _MALLOPT_MMAP = -1, -3  # glibc's malloc.h
 _LARGEST_REGION = (1 << 31) - 256  # the arena's settings are 32-bit integers
 _UNPLANNED = 1 << 20
+_CONSTANTS = 1 << 20  # those of loaded graphs count as the arena's memory, and lie outside of its regions
 
 
 @cache
@@ -104,40 +105,37 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-_arena_bytes: int | None = None
+_reserved = False
 
 
-def reserve(arena_bytes: int, limit_bytes: int | None = None) -> None:
-    """Set up the arena of the process, once, for runs that need `arena_bytes`; it may grow up to `limit_bytes` in all.
+def reserve(region_bytes: int, limit_bytes: int | None = None) -> None:
+    """Set up the arena of the process, once, with a region of `region_bytes`; what does not fit there gets others, with
+    it up to `limit_bytes` in all (None: as many as there is memory for).
 
-    Both are bytes of memory, the arena's table included (`MemorySpec.arena_bytes`). The region is twice as large as
-    what runs need in it: its untouched rest is a free chunk like any other, and taken first where it is the smallest
-    that fits; while it is the largest, values lie where the exporter's simulation puts them.
-    A run takes the address space and touches what it uses. A process has one arena: later calls change nothing.
+    The untouched rest of a region is a free chunk like any other, and taken first where it is the smallest that fits.
+    In a region of `MemorySpec.region_bytes` it never is, so values lie where the exporter's simulation puts them; in a
+    smaller one of just what is touched they may not fit. A run takes the region as address space, touches what it uses,
+    and beside it the table, 8 bytes for every 256 bytes of the region. A process has one arena: later calls change
+    nothing.
     """
-    global _arena_bytes
-    if _arena_bytes is not None:
+    global _reserved
+    if _reserved:
         return
     start()
     ort = runtime()
-    region = max(_UNPLANNED, min(2 * _without_table(arena_bytes), _LARGEST_REGION))
+    region = max(_UNPLANNED, min(-(-region_bytes // 256) * 256, _LARGEST_REGION))
     settings = {
         "arena_extend_strategy": 0,
         "max_dead_bytes_per_chunk": 256,  # every remainder is split off, or half of the memory would lie waste
         # The first region is never given back, the second, whose size is the `growth` once the arena was shrunk, is.
         "initial_chunk_size_bytes": 256,
         "initial_growth_chunk_size_bytes": region,
-        "max_mem": max(_without_table(limit_bytes), region) + (1 << 20) if limit_bytes is not None else 0,
+        "max_mem": max(limit_bytes, region) + _CONSTANTS if limit_bytes is not None else 0,
     }
     place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(place, ort.OrtArenaCfg(settings))
-    _arena_bytes = region
+    _reserved = True
     _run_tiny(shared=True)  # and give back what it took: from then on the arena grows by its second setting
-
-
-def _without_table(size: int) -> int:
-    """What an arena of `size` bytes has for values: its chunks are of 256 bytes, its table is memory beside them."""
-    return size * ARENA_TABLE // (ARENA_TABLE + 1) // 256 * 256
 
 
 def _run_tiny(*, shared: bool) -> None:

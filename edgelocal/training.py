@@ -138,7 +138,8 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
     plan = _plan(request, bundle, data, validation, idle)
     check_resume(request.out, request.resume)  # before the lock, which makes the folder
     micro = tuple(b.micro_batch for b in plan.blocks) if plan else None
-    info = describe_run(bundle, data, request.data, request.config, request.budget_bytes, micro)
+    threads = request.threads or describe().cores
+    info = describe_run(bundle, data, request.data, request.config, request.budget_bytes, micro, threads)
     if stop.is_set():
         raise InterruptedRunError("stopped before the first step; nothing was written")
     with lock(request.out):
@@ -189,7 +190,7 @@ class _Job:
         if loaded is None:
             folder.start()
         if plan is not None:
-            reserve(plan.arena_bytes, plan.arena_limit)
+            reserve(plan.region_bytes, plan.region_limit)
         threads = request.threads or describe().cores
         tensors = loaded.state.tensors if loaded else None
         blocks = load_blocks(self.bundle, threads, tensors, plan, request.out / CACHE)

@@ -17,8 +17,9 @@ import numpy as np
 
 from edgelocal.budget import format_size, parse_size
 from edgelocal.errors import UsageError
+from edgelocal.export_options import ExportOptions
 from edgelocal.exporters.pack import export_bundle
-from edgelocal.exporters.request import make_request
+from edgelocal.exporters.request import ExportRequest, make_request
 from edgelocal.store import staging
 
 Say = Callable[[str], None]
@@ -71,36 +72,11 @@ def write_digits(folder: Path) -> None:
             np.save(staged / f"y_{name}.npy", labels[chosen])
 
 
-def _request() -> Any:
-    return make_request(
-        "resnet14",
-        blocks="per-unit",
-        rule="auglocal",
-        aux_depth=2,
-        aux_depth_min=1,
-        tau=0.5,
-        tail="merge",
-        input_shape="1x8x8",
-        classes=10,
-        class_names="",
-        normalize="auto",
-        loss="cross_entropy",
-        label_smoothing=0.0,
-        optimizer="sgd",
-        momentum=None,
-        weight_decay=None,
-        nesterov=True,
-        pad=1,
-        pad_mode="zero",
-        flip=False,
-        batch=64,
-        epochs=15,
-        lr=0.1,
-        lr_schedule="cosine",
-        weights=None,
-        partial_weights=False,
-        seed=0,
+def _request() -> ExportRequest:
+    options = ExportOptions(
+        blocks="per-unit", input_shape="1x8x8", pad=1, pad_mode="zero", flip=False, batch=64, epochs=15
     )
+    return make_request("resnet14", options)
 
 
 def _edgelocal(arguments: list[str], say: Say) -> dict[str, Any]:

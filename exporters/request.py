@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edgelocal.budget import parse_size
 from edgelocal.errors import UsageError
+from edgelocal.export_options import ExportOptions
 from edgelocal.exporters.optimizers import MAX_FLOAT, Optimizer, make_optimizer
 from edgelocal.exporters.partition import Blocks
 from edgelocal.spec import LOSSES, AugmentSpec, DefaultsSpec, InputSpec, RuleSpec, TaskSpec
@@ -21,7 +22,6 @@ NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
-DEFAULT_PAD = 4  # of the command line, where nobody can tell whether it was given
 MAX_CLASSES = 1_000_000
 MAX_ELEMENTS = 1 << 28  # of a sample: 1 GiB
 MAX_COUNT = (1 << 31) - 1
@@ -96,57 +96,29 @@ class ExportRequest:
             )
 
 
-def make_request(
-    network: str,
-    *,
-    blocks: str,
-    rule: str,
-    aux_depth: int,
-    aux_depth_min: int,
-    tau: float,
-    tail: str,
-    input_shape: str,
-    classes: int,
-    class_names: str,
-    normalize: str,
-    loss: str,
-    label_smoothing: float,
-    optimizer: str,
-    momentum: float | None,
-    weight_decay: float | None,
-    nesterov: bool,
-    pad: int,
-    pad_mode: str,
-    flip: bool,
-    batch: int,
-    epochs: int,
-    lr: float,
-    lr_schedule: str,
-    weights: Path | None,
-    partial_weights: bool,
-    seed: int,
-    memory_budget: str | None = None,
-) -> ExportRequest:
+def make_request(network: str, options: ExportOptions) -> ExportRequest:
     """Parse the text options.
 
     Raises:
         UsageError: an option that cannot be read, with an example of one that can.
     """
-    shape, dtype = parse_input(input_shape)
-    mean, std = parse_normalization(normalize, shape, dtype)
+    shape, dtype = parse_input(options.input_shape)
+    mean, std = parse_normalization(options.normalize, shape, dtype)
+    names = tuple(name.strip() for name in options.class_names.split(",") if name.strip())
+    budget = options.memory_budget
     return ExportRequest(
         network=network,
-        blocks=parse_blocks(blocks),
-        rule=RuleSpec(rule, aux_depth, tau, aux_depth_min, tail),
+        blocks=parse_blocks(options.blocks),
+        rule=RuleSpec(options.rule, options.aux_depth, options.tau, options.aux_depth_min, options.tail),
         input=InputSpec(shape, mean, std, dtype),
-        task=TaskSpec(loss, classes, label_smoothing, tuple(n.strip() for n in class_names.split(",") if n.strip())),
-        optimizer=make_optimizer(optimizer, momentum, weight_decay, nesterov),
-        augment=_augment(pad, "reflect" if pad_mode == "reflect" else "zero", flip, shape),
-        defaults=DefaultsSpec(batch, epochs, lr, lr_schedule),
-        weights=weights,
-        partial_weights=partial_weights,
-        seed=seed,
-        budget_bytes=None if memory_budget is None else parse_memory_budget(memory_budget, blocks),
+        task=TaskSpec(options.loss, options.classes, options.label_smoothing, names),
+        optimizer=make_optimizer(options.optimizer, options.momentum, options.weight_decay, options.nesterov),
+        augment=_augment(options.pad, options.pad_mode, options.flip, shape),
+        defaults=DefaultsSpec(options.batch, options.epochs, options.lr, options.lr_schedule),
+        weights=options.weights,
+        partial_weights=options.partial_weights,
+        seed=options.seed,
+        budget_bytes=None if budget is None else parse_memory_budget(budget, options.blocks),
     )
 
 
@@ -214,7 +186,7 @@ def _means_and_deviations(text: str) -> tuple[tuple[float, ...], tuple[float, ..
 def _augment(pad: int, mode: str, flip: bool, shape: tuple[int, ...]) -> AugmentSpec:
     if len(shape) == 3:
         return AugmentSpec(pad, mode, flip)
-    if pad not in (0, DEFAULT_PAD):
+    if pad not in (0, ExportOptions.pad):  # nobody can tell whether the default was given
         raise UsageError(f"--pad {pad} is for images (channels, height, width), the input is {shape}: leave it out")
     return AugmentSpec(0, mode, False)
 

@@ -26,7 +26,8 @@ from edgelocal.spec import (
 @dataclass(frozen=True)
 class Invented:
     """A block by its numbers: float32 values of a weight, its momentum and a buffer, widths of input and output, bytes
-    that live in a run (fixed, and for each sample), and nodes of its step graph."""
+    that live in a run (fixed, and for each sample), nodes of its step graph, and `spare`, what is needed of the arena's
+    region beyond what is touched, in percent of that."""
 
     weight: int = 100
     buffer: int = 10
@@ -39,14 +40,16 @@ class Invented:
     nodes: int = 50
     in_place: bool = True
     known: tuple[int, ...] = (1, 2, 4, 8, 16)
+    spare: int = 0
 
 
-def memory(fixed: int, per_sample: int, known: tuple[int, ...]) -> MemorySpec:
+def memory(fixed: int, per_sample: int, known: tuple[int, ...], spare: int) -> MemorySpec:
     """Half of the bytes for each sample are activations, a quarter gradients; the arena wastes a tenth."""
     quarter = per_sample // 4
     zero = AffineSpec(0, 0)
     peak = PeakSpec(AffineSpec(0, 2 * quarter), AffineSpec(fixed, quarter), zero)
-    return MemorySpec((peak,), tuple((n, (fixed + per_sample * n) * 11 // 10) for n in known))
+    touched = [(fixed + per_sample * n) * 11 // 10 for n in known]
+    return MemorySpec((peak,), tuple((n, t, t * (100 + spare) // 100) for n, t in zip(known, touched, strict=True)))
 
 
 def block(name: str, numbers: Invented, *, last: bool = False) -> BlockSpec:
@@ -80,8 +83,8 @@ def block(name: str, numbers: Invented, *, last: bool = False) -> BlockSpec:
     apply = graph("apply", (*scalars, weight, slot, acc), new(weight, slot), update, n.nodes // 5)
     forward = graph("forward", (x, weight, buffer), (h,), (), n.nodes // 4)
     head = None if last else graph("head", (h, weight), (tensor("logits", "N", 4),), (), n.nodes // 5)
-    whole = memory(n.fixed, n.per_sample, n.known)
-    passing = memory(100, n.forward_per_sample, n.known)
+    whole = memory(n.fixed, n.per_sample, n.known, n.spare)
+    passing = memory(100, n.forward_per_sample, n.known, n.spare)
     return BlockSpec(
         name=name,
         units=(f"unit{name}",),
@@ -91,7 +94,7 @@ def block(name: str, numbers: Invented, *, last: bool = False) -> BlockSpec:
         weights=f"{name}/weights",
         masks=(),
         accumulation=AccumulationSpec(gradient, apply),
-        memory=BlockMemorySpec(whole, whole, memory(n.apply, 0, n.known), passing, None if last else passing),
+        memory=BlockMemorySpec(whole, whole, memory(n.apply, 0, n.known, 0), passing, None if last else passing),
     )
 
 

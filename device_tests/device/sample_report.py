@@ -38,7 +38,8 @@ def sample_report(blocks: int, epochs: int = 12, schedule: str = "interleaved") 
         "steps": 79 * epochs,
         "train_s": sum(b["train_s"] for b in listed),
         "notes": ["the data has no test split, so nothing is validated; give some with --val"],
-        "runtime": {"onnxruntime": "1.31.1", "provider": "CPUExecutionProvider", "machine": "x86_64", "threads": 2},
+        "runtime": {"onnxruntime": "1.31.1", "provider": "CPUExecutionProvider", "machine": "x86_64"},
+        "threads": 3,
         "batch": 128,
         "budget_bytes": 160 * MIB,
         "process_peak_bytes": 61 * MIB + largest,
@@ -145,6 +146,7 @@ def write_run(folder: Path, report: dict[str, Any] | None, metrics: list[dict[st
         config=config(epochs=epochs, batch=128, cache="off", schedule=report["schedule"] if report else "interleaved"),
         budget_bytes=160 * MIB,
         runtime={"onnxruntime": "1.31.1", "provider": "CPUExecutionProvider", "machine": "x86_64"},
+        threads=2,
     )
     (folder / "run.json").write_bytes(info.render())
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnxruntime
 import pytest
 
 from device_tests.device.runs import RESIDUAL, answer, command, copy_bundle, last_state, write_data
+from edgelocal.cli import main
 from edgelocal.data import open_dataset, prepare
 from edgelocal.manifest import parse_manifest
 from edgelocal.tensors import decode
@@ -38,6 +41,7 @@ def test_train_reports_and_writes_what_it_did(run: tuple[Path, Path, dict[str, A
     described = json.loads((folder / "run.json").read_text())
     assert described["config"]["epochs"] == 12
     assert described["runtime"]["onnxruntime"] == onnxruntime.__version__
+    assert described["threads"] == report["threads"] == answer("doctor")["device"]["cores"]
 
 
 def test_train_shows_the_plan_and_plain_lines_without_a_terminal(tmp_path: Path) -> None:
@@ -106,6 +110,10 @@ def test_the_same_command_on_a_finished_run_changes_nothing(run: tuple[Path, Pat
     again = answer("train", RESIDUAL, "--data", data, "--out", folder, "--epochs", 12, "--no-augment")
     assert last_state(folder)[0]["position"] == before
     assert again["validation"] == report["validation"]
+    more = answer("train", RESIDUAL, "--data", data, "--out", folder, "--epochs", 12, "--no-augment", "--threads", 7)
+    assert (more["threads"], more["validation"]) == (7, report["validation"])
+    shown = answer("report", folder)
+    assert (shown["threads"], shown["run"]["threads"]) == (7, report["threads"])
 
 
 def test_inspect_verify_and_doctor() -> None:
@@ -121,9 +129,34 @@ def test_inspect_verify_and_doctor() -> None:
     assert "none found" in shown
 
 
+def options_of(command: click.Command) -> set[str]:
+    return {"--help", *(name for option in command.params for name in (*option.opts, *option.secondary_opts))}
+
+
+def test_the_documentation_names_commands_and_options_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    known = {**main.commands, "bench memory": main.commands["bench"].commands["memory"]}  # type: ignore[attr-defined]
+    everywhere = set().union(*map(options_of, known.values()))
+    names = "|".join(sorted(known, key=len, reverse=True))
+    lines = alone = 0
+    for path in [root / "README.md", *(root / "docs").rglob("*.md")]:
+        text = path.read_text()
+        for word in re.findall(r"(?:`|^ {4})edgelocal ([a-z]+)", text, re.MULTILINE):
+            assert word in known, f"{path.name}: edgelocal {word}"
+        for name, rest in re.findall(rf"(?:`|^ {{4}})(?:edgelocal )?({names})\b([^`\n#]*)", text, re.MULTILINE):
+            for option in re.findall(r"(?<![\w/.-])--[a-z-]+", rest):
+                assert option in options_of(known[name]), f"{path.name}: {name} {option}"
+                lines += 1
+        for option in re.findall(r"`(--[a-z-]+)", text):
+            assert option in everywhere, f"{path.name}: {option}"
+            alone += 1
+    assert lines > 20, "command lines are found"
+    assert alone > 20, "options by themselves are found"
+
+
 def test_version_and_help_of_every_command() -> None:
     assert command("--version").stdout.startswith("edgelocal, version")
-    for name in ("export", "inspect", "verify", "train", "eval", "finish", "doctor", "demo"):
-        done = command(name, "--help")
+    for name in [*(name for name in main.commands if name != "bench"), "bench memory"]:
+        done = command(*name.split(), "--help")
         assert done.returncode == 0
         assert "--json" in done.stdout

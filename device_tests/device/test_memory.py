@@ -1,6 +1,6 @@
 """Memory that comes and goes: forced failures, long trainings, many blocks; each in a process of its own.
 
-The promises M4 to M6 (docs/promises.md). Golden bundles have no memory model, so the arena is given its size here.
+The promises M4 to M6 (docs/promises.md). Golden bundles have no memory model, so the arena gets its region here.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def counted():
 
 # argv: bundle, failures (0: a process that never fails). Every failure is followed by a step that must succeed.
 FAILURES = """
-reserve(8 * MIB, 8 * MIB)
+reserve(16 * MIB, 16 * MIB)
 block, failures = Block(bundle, 0, pool), int(sys.argv[2])
 messages, after = set(), []
 for number in range(int(sys.argv[3])):
@@ -82,7 +82,7 @@ print(json.dumps({"messages": sorted(messages), "bits": bits(block), "held": aft
 
 # argv: bundle, steps of a turn, turns: blocks take turns, each drops its graphs at the end.
 TURNS = """
-reserve(8 * MIB, 8 * MIB)
+reserve(16 * MIB, 16 * MIB)
 blocks = [Block(bundle, index, pool) for index in range(len(bundle.manifest.blocks))]
 number, seen = 0, []
 for turn in range(int(sys.argv[3])):
@@ -97,7 +97,7 @@ print(json.dumps(seen))
 
 # argv: bundle, then the blocks that train one after the other; prints the peak above the idle process.
 SEQUENCE = """
-reserve(200 * MIB)
+reserve(400 * MIB)
 held()
 with PeakMeter() as meter:
     for index in map(int, sys.argv[2:]):

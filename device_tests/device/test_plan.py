@@ -23,7 +23,7 @@ from edgelocal.errors import BudgetError, UsageError
 from edgelocal.plan import RUNTIME_BYTES, PipelineBytes, Plan, make_plan, make_thresholds
 from edgelocal.plan_command import PlanRequest, assumed_pipeline, paged_bytes_per_step, plan_for
 from edgelocal.plan_table import plan_lines
-from edgelocal.spec import BlockSpec, Manifest, graph_bytes
+from edgelocal.spec import BlockSpec, Manifest, MemorySpec, graph_bytes
 
 IDLE = 1_000_000
 DATA = PipelineBytes(resident=3000, making=2000)
@@ -43,26 +43,59 @@ def test_everything_kept_is_the_sum_of_its_parts() -> None:
     first, second = plan.blocks
     assert (first.micro_batch, first.accumulation, first.resident) == (16, 1, True)
     graphs = sum(graph_bytes(b.step) for b in network.blocks)
-    arenas = [b.memory.step.arena_bytes(16) for b in network.blocks if b.memory]
+    touched = [(1000 + 16 * 5000) * 11 // 10, (1000 + 16 * 3000) * 11 // 10]
+    region = touched[0] * 33 // 32
+    table = -(-region // 32)  # of the larger region, whichever block works
     assert first.predicted == {
         "parameters": 4 * (100 + 50),
         "optimizer": 4 * (100 + 50),
         "buffers": 4 * 10 + 4 * 10,  # once as state, once as the copy that a step writes
         "activations": 16 * 2500,
         "gradients": 1000 + 16 * 1250,
-        "workspace": arenas[0] - 16 * 2500 - 1000 - 16 * 1250,
+        "workspace": touched[0] - 16 * 2500 - 1000 - 16 * 1250,
         "input": 16 * (4 * 12 + 8) + 2 * 4,
         "output": 16 * 4 * 8,
-        "runtime": RUNTIME_BYTES + graphs,
+        "runtime": RUNTIME_BYTES + graphs + table,
         "pipeline": 3000,
     }
     assert second.predicted["parameters"] == 4 * (100 + 50) + 4 * 50  # nothing of it is written in place
-    assert first.arena == arenas[0] > second.arena == arenas[1]
+    assert [first.arena, second.arena] == [t + table for t in touched]
     making = 4 * (2 * 150 + 10) + RUNTIME_BYTES + graphs + 3000 + 2000 + 16 * 4 * 12
-    table = (arenas[0] - arenas[1]) // 17  # of the larger arena: counted with the second block, and in its arena
-    beside = max(first.total - arenas[0], second.total - arenas[1] - table, making)
-    assert plan.peak_bytes == IDLE + arenas[0] + beside
-    assert (plan.arena_bytes, plan.graphs_bytes, plan.arena_limit) == (arenas[0], None, None)
+    beside = max(first.total - first.arena, second.total - second.arena, making)
+    assert plan.peak_bytes == IDLE + touched[0] + table + beside
+    assert (plan.arena_bytes, plan.region_bytes) == (touched[0] + table, region)
+    assert (plan.graphs_bytes, plan.region_limit) == (None, None)
+
+
+def test_the_process_has_one_region_as_large_as_any_of_its_graphs_needs() -> None:
+    """Also where another block touches more of it; what the budget leaves may go to a region of its own."""
+    network = manifest(Invented(per_sample=6000), Invented(spare=60, nodes=60))
+    plan = make_plan(network, budget_bytes=None, **SETTING)
+    touched = [(1000 + 16 * 6000) * 11 // 10, (1000 + 16 * 5000) * 11 // 10]
+    region = touched[1] * 16 // 10 * 33 // 32
+    assert region > touched[0]
+    assert plan.region_bytes == pytest.approx(region, abs=2)
+    assert plan.arena_bytes == pytest.approx(touched[0] + region / 32, abs=2)
+    assert [b.arena for b in plan.blocks] == pytest.approx([t + region / 32 for t in touched], abs=2)
+    slack = 1_000_000
+    roomy = make_plan(network, budget_bytes=plan.peak_bytes + slack, **SETTING)
+    assert roomy.region_limit is not None
+    more = roomy.region_limit - roomy.region_bytes
+    assert slack - 64 < more + more / 32 <= slack
+
+
+def test_the_arena_of_a_graph_is_exact_at_known_batches_and_careful_between() -> None:
+    spec = manifest(Invented(fixed=1000, per_sample=5000, known=(1, 16), spare=40)).blocks[0].memory
+    assert spec is not None
+    touched = [(1000 + n * 5000) * 11 // 10 for n in (16, 8, 40)]
+    region = touched[0] * 14 // 10
+    exact = spec.step.arena_at(16)
+    assert (exact.touched, exact.region) == (touched[0], region + region // 32)
+    assert exact.total == spec.step.arena_bytes(16) == exact.touched + -(-exact.region // 32)
+    for batch, least in zip((8, 40), touched[1:], strict=True):
+        careful = spec.step.arena_at(batch)
+        assert 1.02 * least <= careful.touched <= 1.06 * least
+        assert careful.region == spec.step.region_bytes(batch) == 2 * careful.touched
 
 
 def test_micro_batches_hold_sums_of_gradients_and_run_two_graphs() -> None:
@@ -77,7 +110,8 @@ def test_micro_batches_hold_sums_of_gradients_and_run_two_graphs() -> None:
     assert block.predicted["buffers"] == 4 * 10  # written in place
     assert block.predicted["input"] == 16 * (4 * 12 + 8) + 2 * 4  # the batch is there whole
     loaded = graph_bytes(spec.accumulation.gradient) + graph_bytes(spec.accumulation.apply)
-    assert block.predicted["runtime"] == RUNTIME_BYTES + loaded
+    table = block.arena - (1000 + 4 * 5000) * 11 // 10
+    assert block.predicted["runtime"] == RUNTIME_BYTES + loaded + table
     assert block.arena == spec.memory.gradient.arena_bytes(4)
 
 
@@ -98,7 +132,10 @@ def test_threads_cost_for_every_loaded_graph() -> None:
 
 def test_equal_structures_are_loaded_once() -> None:
     same = make_plan(manifest(Invented(), Invented()), budget_bytes=None, **SETTING)
-    assert same.blocks[0].predicted["runtime"] == RUNTIME_BYTES + graph_bytes(manifest(Invented()).blocks[0].step)
+    alone = make_plan(manifest(Invented()), budget_bytes=None, **SETTING)
+    graph = graph_bytes(manifest(Invented()).blocks[0].step)
+    found = [plan.blocks[0].predicted["runtime"] for plan in (same, alone)]
+    assert found == [RUNTIME_BYTES + graph + -(-plan.region_bytes // 32) for plan in (same, alone)]
 
 
 def test_validation_keeps_its_arena_its_graphs_and_the_batch() -> None:
@@ -110,7 +147,8 @@ def test_validation_keeps_its_arena_its_graphs_and_the_batch() -> None:
     assert memory is not None
     assert plan.arena_bytes == memory.forward.arena_bytes(16)
     passes = sum(graph_bytes(g) for b in network.blocks for g in (b.forward, b.head) if g is not None)
-    table = (plan.arena_bytes - plan.blocks[0].arena) // 17 - (plain.arena_bytes - plain.blocks[0].arena) // 17
+    assert plan.region_bytes == memory.forward.region_bytes(16) > plain.region_bytes
+    table = -(-plan.region_bytes // 32) - -(-plain.region_bytes // 32)
     assert plan.blocks[0].predicted["runtime"] - plain.blocks[0].predicted["runtime"] == passes + table
 
 
@@ -119,30 +157,39 @@ def test_sequential_counts_the_passes_through_frozen_blocks_in_front() -> None:
     plan = make_plan(network, budget_bytes=None, **{**SETTING, "schedule": "sequential"})
     first = network.blocks[0].memory
     assert first is not None
-    passing = first.forward.arena_bytes(16)  # the last block never runs frozen
-    assert [b.arena for b in plan.blocks] == [first.step.arena_bytes(16), passing, passing]
-    assert plan.arena_bytes == passing
+    passing = first.forward.arena_at(16)  # the last block never runs frozen
+    less = passing.touched - first.step.arena_at(16).touched
+    assert less > 0
+    assert [b.arena for b in plan.blocks] == [passing.total - less, passing.total, passing.total]
+    assert (plan.arena_bytes, plan.region_bytes) == (passing.total, passing.region)
 
 
 # What follows computes the peak a second time, in the plainest way.
 
 
-def arena_of(spec: BlockSpec, micro: int, batch: int) -> int:
+def graphs_of(spec: BlockSpec, micro: int, batch: int) -> list[tuple[MemorySpec, int]]:
+    """The memory models of what runs, and with how many samples."""
     assert spec.memory is not None
     if micro == batch:
-        return spec.memory.step.arena_bytes(batch)
-    return max(spec.memory.gradient.arena_bytes(micro), spec.memory.apply.arena_bytes(1))
+        return [(spec.memory.step, batch)]
+    return [(spec.memory.gradient, micro), (spec.memory.apply, 1)]
 
 
-def floor_of(network: Manifest, setting: dict[str, Any]) -> int:
-    found = [0]
+def arena_of(graphs: list[tuple[MemorySpec, int]]) -> int:
+    """Bytes of an arena in which these run one after the other."""
+    touched = max((model.arena_at(n).touched for model, n in graphs), default=0)
+    return touched + -(-max((model.region_bytes(n) for model, n in graphs), default=0) // 32)
+
+
+def floor_of(network: Manifest, setting: dict[str, Any]) -> list[tuple[MemorySpec, int]]:
+    found = []
     for index, spec in enumerate(network.blocks):
         assert spec.memory is not None
         if setting["validates"] or (setting["schedule"] == "sequential" and index < len(network.blocks) - 1):
-            found.append(spec.memory.forward.arena_bytes(setting["batch"]))
+            found.append((spec.memory.forward, setting["batch"]))
         if setting["validates"] and spec.memory.head is not None:
-            found.append(spec.memory.head.arena_bytes(setting["batch"]))
-    return max(found)
+            found.append((spec.memory.head, setting["batch"]))
+    return found
 
 
 def tight_peak(network: Manifest, micro: list[int], setting: dict[str, Any]) -> int:
@@ -171,24 +218,30 @@ def tight_peak(network: Manifest, micro: list[int], setting: dict[str, Any]) -> 
     rest = max(passing) + max(states) if len(passing) > 1 else 0
     first = 4 * batch * int(network.blocks[0].step.inputs[0].shape[1])
     beside = max(*working, 0, DATA.making + first, rest)
-    arena = max(
-        floor_of(network, setting), *(arena_of(b, n, batch) for b, n in zip(network.blocks, micro, strict=True))
-    )
-    return IDLE + RUNTIME_BYTES + DATA.resident + max(graphs) + beside + arena
+    runs = floor_of(network, setting)
+    for spec, n in zip(network.blocks, micro, strict=True):
+        runs += graphs_of(spec, n, batch)
+    return IDLE + RUNTIME_BYTES + DATA.resident + max(graphs) + beside + arena_of(runs)
 
 
-def by_bound(network: Manifest, bound: int, most: int, batch: int) -> list[int] | None:
-    """The largest micro-batches that make parts of about one size and need no more than `bound`."""
-    sizes = sorted({most, *(-(-batch // k) for k in range(1, batch + 1) if -(-batch // k) <= most)}, reverse=True)
-    found = [next((n for n in sizes if arena_of(spec, n, batch) <= bound), 0) for spec in network.blocks]
-    return found if all(found) else None
+def by_bound(costs: list[dict[int, int]], bound: int) -> list[int]:
+    """The largest micro-batches that need no more than `bound`, or as little as they can."""
+    return [max(n for n, cost in own.items() if cost <= max(bound, min(own.values()))) for own in costs]
 
 
-def least_budget(network: Manifest, setting: dict[str, Any], most: int) -> int:
+def choices_of(network: Manifest, setting: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    """Micro-batches that make parts of about one size, and the peak with them, from the largest bound on."""
     batch = setting["batch"]
-    bounds = {arena_of(spec, n, batch) for spec in network.blocks for n in range(1, most + 1)}
-    choices = [by_bound(network, bound, most, batch) for bound in bounds | {floor_of(network, setting)}]
-    return min(tight_peak(network, micro, setting) for micro in choices if micro is not None)
+    most = min(batch, setting["micro_batch"] or batch)
+    sizes = {most, *(-(-batch // k) for k in range(1, batch + 1) if -(-batch // k) <= most)}
+    costs = [{n: arena_of(graphs_of(spec, n, batch)) for n in sizes} for spec in network.blocks]
+    bounds = sorted({cost for own in costs for cost in own.values()}, reverse=True)
+    chosen = [by_bound(costs, bound) for bound in bounds]
+    return [(tight_peak(network, micro, setting), micro) for micro in chosen]
+
+
+def least_budget(network: Manifest, setting: dict[str, Any]) -> int:
+    return min(peak for peak, _ in choices_of(network, setting))
 
 
 BLOCKS = st.builds(
@@ -204,6 +257,7 @@ BLOCKS = st.builds(
     nodes=st.integers(6, 400),
     in_place=st.booleans(),
     known=st.sampled_from([(1, 2, 4, 8, 16), (1, 16), (1, 3, 5, 11), (4, 8)]),
+    spare=st.integers(0, 70) | st.just(2000),
 )
 NETWORKS = st.lists(BLOCKS, min_size=1, max_size=4).map(lambda blocks: manifest(*blocks))
 SETTINGS = st.fixed_dictionaries(
@@ -221,9 +275,8 @@ SETTINGS = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None)
 @given(NETWORKS, SETTINGS)
 def test_the_smallest_budget_is_exact(network: Manifest, setting: dict[str, Any]) -> None:
-    most = min(setting["batch"], setting["micro_batch"] or setting["batch"])
     least = make_thresholds(network, **setting).least
-    assert least == least_budget(network, setting, most)
+    assert least == least_budget(network, setting)
     assert make_plan(network, budget_bytes=least, **setting).peak_bytes == least
     with pytest.raises(BudgetError, match=rf"smallest budget for this batch is .*\({least} bytes\)"):
         make_plan(network, budget_bytes=least - 1, **setting)
@@ -238,8 +291,7 @@ def test_the_largest_batch_of_a_refusal_is_exact(network: Manifest, setting: dic
     found = re.search(r"largest --batch that fits is (\d+)", str(caught.value))
     fitting = []
     for batch in range(1, setting["batch"]):
-        most = min(batch, setting["micro_batch"] or batch)
-        if least_budget(network, {**setting, "batch": batch}, most) <= budget:
+        if least_budget(network, {**setting, "batch": batch}) <= budget:
             fitting.append(batch)
     assert (int(found[1]) if found else 0) == max(fitting, default=0)
 
@@ -266,6 +318,18 @@ def test_a_larger_budget_never_gives_up_more(network: Manifest, setting: dict[st
 def paged_bytes(network: Manifest, plan: Plan) -> int:
     sizes = [sum(4 * int(t.shape[0]) for t in spec.state()) for spec in network.blocks]
     return sum(size for size, block in zip(sizes, plan.blocks, strict=True) if not block.resident)
+
+
+@settings(max_examples=150, deadline=None)
+@given(NETWORKS, SETTINGS, st.floats(0, 1))
+def test_micro_batches_are_the_first_that_fit_under_a_falling_bound(
+    network: Manifest, setting: dict[str, Any], place: float
+) -> None:
+    steps = make_thresholds(network, **setting)
+    budget = int(steps.least + place * (steps.batch - steps.least))
+    expected = next(micro for peak, micro in choices_of(network, setting) if peak <= budget)
+    plan = make_plan(network, budget_bytes=budget, **setting)
+    assert [b.micro_batch for b in plan.blocks] == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -347,7 +411,8 @@ REQUEST = PlanRequest(
 )
 KEYS = {
     *("bundle", "network", "profile", "usable_bytes", "samples", "threads", "validates", "batch", "schedule"),
-    *("budget_bytes", "idle_bytes", "arena_bytes", "peak_bytes", "graphs_bytes", "blocks", "units", "thresholds"),
+    *("budget_bytes", "idle_bytes", "arena_bytes", "region_bytes", "peak_bytes", "graphs_bytes"),
+    *("blocks", "units", "thresholds"),
     *("paged_bytes_per_step", "cache", "advice", "plan_ms"),
 }
 

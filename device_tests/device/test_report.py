@@ -61,6 +61,7 @@ def test_an_unfinished_run_shows_how_far_it_is(tmp_path: Path) -> None:
     assert "the run is unfinished: epoch 4 of 12 and 316 steps are done" in done.stdout
     assert f"{metrics[-1]['blocks']['01']['loss']:.4f}" in done.stdout
     assert "bundle resnet32" in done.stdout
+    assert answer("report", run)["threads"] == 2
     assert drawn((tmp_path / "page.html").read_text()) == {"loss", "accuracy"}
 
 

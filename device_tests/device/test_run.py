@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,8 @@ RUN_JSON: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("rate of null", lambda raw: raw["config"].update(lr=None), "config.lr: expected a finite number"),
     ("rate of NaN", lambda raw: raw["config"].update(lr=float("nan")), "config.lr: expected a finite number"),
     ("hyper is a list", lambda raw: raw["config"].update(hyper=[]), "config.hyper: expected an object"),
+    ("threads as text", altered(threads="2"), "run.json.threads: expected int, found '2'"),
+    ("no threads", altered(threads=0), "threads: expected a positive integer, found '0'"),
     ("budget as text", altered(budget_bytes="1GiB"), "budget_bytes: expected int, found '1GiB'"),
 ]
 
@@ -277,10 +280,25 @@ def test_what_may_not_be_read_says_so() -> None:
         run.chmod(0o700)
 
 
+@pytest.mark.parametrize("begun", [1, 4, None], ids=["one", "four", "unknown"])
+def test_a_run_goes_on_with_any_number_of_threads(
+    trained: tuple[Path, list[object]], tmp_path: Path, begun: int | None
+) -> None:
+    """None: as runs from before the number was recorded."""
+    run = copied(trained, tmp_path)
+    raw = json.loads((run / "run.json").read_bytes())
+    raw.pop("threads")
+    (run / "run.json").write_text(json.dumps(raw if begun is None else raw | {"threads": begun}))
+    found = read_run(run)
+    assert found.threads == begun
+    check_same(run, replace(found, threads=2))
+    answer(*trained[1], "--out", run, "--threads", 2, "--resume", "must")
+
+
 def folder_of(tmp_path: Path) -> RunFolder:
     data = write_data(tmp_path / "d.npz", RESIDUAL)
     training = trainer(RESIDUAL, data)
-    info: RunInfo = describe_run(open_bundle(RESIDUAL), training.train, data, config(), None, None)
+    info: RunInfo = describe_run(open_bundle(RESIDUAL), training.train, data, config(), None, None, 1)
     (tmp_path / "run").mkdir()
     return RunFolder(tmp_path / "run", info)
 

@@ -99,7 +99,35 @@ def test_the_golden_values_are_read_as_they_were_written() -> None:
     assert parse_manifest(WHOLE[DROPOUT]).blocks[1].masks[0].keep == 0.5
 
 
+def modelled(*arena: tuple[int, ...]) -> Edit:
+    """With a memory model for block 00."""
+    size = {"fixed": 0, "per_sample": 4}
+    peak = {"activations": size, "gradients": size, "workspace": size}
+    model = {"peaks": [peak], "arena": [list(point) for point in arena]}
+    return lambda raw: raw["blocks"][0].update(memory=dict.fromkeys(("step", "gradient", "apply", "forward"), model))
+
+
+def test_a_memory_model_is_read_with_the_region_of_every_batch() -> None:
+    manifest = parse_manifest(edited(modelled((1, 512, 512), (2, 1024, 1536))))
+    assert manifest.blocks[0].memory is not None
+    assert manifest.blocks[0].memory.step.arena == ((1, 512, 512), (2, 1024, 1536))
+    assert parse_manifest(render_manifest(manifest)) == manifest
+
+
 REFUSED: list[tuple[str, Edit, str]] = [
+    (
+        "arena in pairs",
+        modelled((1, 512), (2, 1024)),
+        "memory: expected batch, bytes touched and bytes of region, found",
+    ),
+    ("one batch of the arena", modelled((1, 512, 512)), "memory: expected batch, bytes touched and bytes of region"),
+    ("batches that fall", modelled((2, 512, 512), (1, 512, 512)), "memory: expected rising batches from 1 on, found"),
+    (
+        "a region too small",
+        modelled((1, 512, 512), (2, 1024, 1023)),
+        "expected regions no smaller than what is touched",
+    ),
+    ("a negative arena", modelled((1, -512, 512), (2, 1024, 1024)), "memory: expected sizes in bytes"),
     ("unknown key", lambda m: m.update(extra=1), r"manifest: unknown keys \['extra'\], missing keys \[\]"),
     ("unknown key inside", lambda m: step(m).update(a=1), r"manifest.blocks\[0\].step: unknown keys \['a'\]"),
     ("missing key", lambda m: m["task"].pop("loss"), r"manifest.task: unknown keys \[\], missing keys \['loss'\]"),

@@ -99,10 +99,10 @@ for mib in [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]:
 print(json.dumps(found))
 """
 
-# argv also: folder of runs, bytes of the arena, which is smaller than a whole batch needs, whatever the plan says.
+# argv also: folder of runs, bytes of the region, which is smaller than a whole batch needs, whatever the plan says.
 SCARCE = """
-arena = int(sys.argv[4])
-reserve(arena, arena)
+region = int(sys.argv[4])
+reserve(region, region)
 first, second = (Path(sys.argv[3]) / name for name in ("stopped", "replanned"))
 try:
     trained(out=first)
@@ -150,9 +150,9 @@ def test_m3_the_command_says_what_would_fit(work: Path, tmp_path: Path) -> None:
 def test_m4_memory_that_runs_out_leaves_the_last_commit_and_replan_goes_on_from_it(work: Path, tmp_path: Path) -> None:
     """In one process: a training stops for want of memory, is continued in smaller parts, and another one is begun."""
     bundle, data = bundle_of(work, "resnet8"), data_of(work, "resnet8")
-    half = answer("train", bundle, "--data", data, "--out", tmp_path / "half", *TRAIN, "--micro-batch", BATCH // 2)
-    needed = max(block["predicted_arena_bytes"] for block in half["blocks"])
-    found = inside(SCARCE, bundle, data, tmp_path, needed * 6 // 10)  # the region is twice that
+    answer("train", bundle, "--data", data, "--out", tmp_path / "half", *TRAIN, "--micro-batch", BATCH // 2)
+    half = answer("plan", bundle, "--batch", BATCH, "--micro-batch", BATCH // 2, "--memory-budget", "1GiB")
+    found = inside(SCARCE, bundle, data, tmp_path, half["region_bytes"])
     assert "step.onnx cannot be run: out of memory" in found["stopped"]
     for report, run in zip(found["reports"], ("stopped", "replanned"), strict=True):
         assert report["steps"] == STEPS

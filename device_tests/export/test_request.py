@@ -2,62 +2,65 @@
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgelocal.errors import UsageError
+from edgelocal.export_options import ExportOptions
 from edgelocal.exporters.request import (
-    DEFAULT_PAD,
     NORMALIZATIONS,
     make_request,
     parse_blocks,
     parse_input,
     parse_normalization,
 )
-
-OPTIONS: dict[str, Any] = {
-    "blocks": "auto",
-    "rule": "auglocal",
-    "aux_depth": 2,
-    "aux_depth_min": 1,
-    "tau": 0.5,
-    "tail": "merge",
-    "input_shape": "3x32x32",
-    "classes": 10,
-    "class_names": "",
-    "normalize": "auto",
-    "loss": "cross_entropy",
-    "label_smoothing": 0.0,
-    "optimizer": "sgd",
-    "momentum": None,
-    "weight_decay": None,
-    "nesterov": True,
-    "pad": 4,
-    "pad_mode": "reflect",
-    "flip": True,
-    "batch": 128,
-    "epochs": 10,
-    "lr": 0.1,
-    "lr_schedule": "cosine",
-    "weights": None,
-    "partial_weights": False,
-    "seed": 0,
-    "memory_budget": None,
-}
+from edgelocal.spec import AugmentSpec, DefaultsSpec, InputSpec, RuleSpec, TaskSpec
 
 
 def request(**changes: Any) -> Any:
-    return make_request("resnet8", **(OPTIONS | changes))
+    return make_request("resnet8", ExportOptions(**changes))
 
 
-def test_the_options_here_are_those_of_the_command_line() -> None:
+def typed(*arguments: str) -> dict[str, Any]:
+    """What the command line makes of `edgelocal export resnet8 b` and these arguments."""
     from edgelocal.cli import export
 
-    taken = set(inspect.signature(make_request).parameters) - {"network"}
-    assert taken == set(OPTIONS) == {p.name for p in export.params} - {"network", "out", "as_json"}
-    assert {p.name: p.default for p in export.params}["pad"] == DEFAULT_PAD
+    given = export.make_context("export", ["resnet8", "b", *arguments]).params
+    return {name: value for name, value in given.items() if name not in ("network", "out", "as_json")}
+
+
+def test_the_command_line_has_the_defaults_that_are_used_everywhere() -> None:
+    assert typed() == asdict(ExportOptions())
+    assert {name: type(value) for name, value in typed().items()} == {
+        name: type(value) for name, value in asdict(ExportOptions()).items()
+    }
+
+
+def test_every_option_of_the_command_line_reaches_the_request() -> None:
+    line = "--blocks 3 --rule linear --aux-depth 4 --aux-depth-min 2 --tau 0.25 --tail all --input 1x8x8 --classes 2"
+    line += " --class-names a,b --normalize 0.5/0.25 --loss bce --label-smoothing 0.125 --optimizer adamw"
+    line += " --weight-decay 0.5 --pad 1 --pad-mode zero --no-flip --batch 7 --epochs 3 --lr 0.5"
+    line += " --lr-schedule step --weights w.pt --partial-weights --seed 9"
+    options = ExportOptions(**typed(*line.split()))
+    found = make_request("resnet8", options)
+    assert (found.network, found.blocks) == ("resnet8", 3)
+    assert found.rule == RuleSpec("linear", 4, 0.25, 2, "all")
+    assert found.input == InputSpec((1, 8, 8), (0.5,), (0.25,), "float32")
+    assert found.task == TaskSpec("bce", 2, 0.125, ("a", "b"))
+    assert (found.optimizer.name, found.optimizer.hyper["weight_decay"]) == ("adamw", 0.5)
+    assert found.augment == AugmentSpec(1, "zero", False)
+    assert found.defaults == DefaultsSpec(7, 3, 0.5, "step")
+    assert (found.weights, found.partial_weights, found.seed) == (Path("w.pt"), True, 9)
+    plain = ExportOptions(**typed("--momentum", "0.5", "--no-nesterov", "--memory-budget", "1MiB"))
+    assert make_request("resnet8", plain).optimizer.hyper["momentum"] == 0.5
+    assert make_request("resnet8", plain).optimizer.name == "sgd"
+    assert make_request("resnet8", plain).budget_bytes == 1 << 20
+    both = asdict(options).items(), asdict(plain).items()
+    defaults = asdict(ExportOptions())
+    assert {name for changed in both for name, value in changed if value != defaults[name]} == set(defaults)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def _so_far(info: RunInfo, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "batch": info.config.batch,
         "budget_bytes": info.budget_bytes,
         "runtime": info.runtime,
+        "threads": info.threads,
         "steps": last.get("steps", 0),
         "blocks": [{"name": name, "training": values} for name, values in scores.items()],
         "validation": last.get("validation"),

@@ -117,6 +117,7 @@ class Report:
     train_s: float | None = None
     notes: tuple[str, ...] | None = None
     runtime: dict[str, str] | None = None
+    threads: int | None = None
     batch: int | None = None
     budget_bytes: int | None = None
     process_peak_bytes: int | None = None

@@ -177,6 +177,7 @@ def _units(units: Sequence[str] | None) -> str:
 def _places(report: Report) -> list[tuple[str, str]]:
     run = report.run or {}
     rows = [(name.replace("_", " "), value) for name, value in (report.runtime or {}).items()]
+    rows.append(("threads", words.count(report.threads)))
     for name in ("bundle", "bundle_digest", "data", "data_digest"):
         shown = run.get(name, words.NONE)
         rows.append((name.replace("_", " "), shown[:DIGEST] if name.endswith("digest") else shown))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgelocal.errors import BudgetError, UsageError
+from edgelocal.export_options import ExportOptions
 from edgelocal.exporters.bench.result import Measurement, Setting
 from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.request import make_request, parse_input
@@ -38,42 +39,25 @@ def export_variant(
     say: Say,
     *,
     rule: str,
-    blocks: str = "auto",
+    blocks: str = ExportOptions.blocks,
     budget: str | None = None,
 ) -> Bundle:
     """Export the network under `rule` with blocks of the given kind, or those that fit `budget`."""
-    request = make_request(
-        setting.network,
+    options = ExportOptions(
         blocks=blocks,
         rule=rule,
-        aux_depth=2,
-        aux_depth_min=1,
-        tau=0.5,
-        tail="merge",
         input_shape=setting.input,
         classes=setting.classes,
-        class_names="",
-        normalize="auto",
-        loss="cross_entropy",
-        label_smoothing=0.0,
-        optimizer="sgd",
-        momentum=None,
-        weight_decay=None,
-        nesterov=True,
         pad=0,
-        pad_mode="zero",
         flip=False,
         batch=setting.batch,
         epochs=1,
-        lr=0.1,
         lr_schedule="constant",
-        weights=None,
-        partial_weights=False,
         seed=setting.seed,
         memory_budget=budget,
     )
     say(f"exporting {variant}")
-    export_bundle(replace(request, frontier=False), folder, say)
+    export_bundle(replace(make_request(setting.network, options), frontier=False), folder, say)
     return Bundle(variant, folder)
 
 

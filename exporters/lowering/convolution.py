@@ -170,7 +170,8 @@ def weight_gradient(b: GraphBuilder, x: Value, grad: Value, weight: Value, g: Ge
     ordered = [taps[offset] for offset in itertools.product(*(range(k) for k in kernel))]
     stacked = ordered[0]
     if len(ordered) > 1:
-        stacked = b.op("Concat", *(b.op("Unsqueeze", t, b.ints([-1])) for t in ordered), axis=-1)
+        stacked = b.reshape(b.op("Concat", *ordered, axis=0), [len(ordered), out, channels])
+        stacked = b.op("Transpose", stacked, perm=[1, 2, 0])
     return b.reshape(stacked, [out, channels, *kernel])
 
 
@@ -247,7 +248,7 @@ class _Form:
         return b.op("Reshape", name, b.ints(shape))
 
     def tap(self, b: GraphBuilder, lines: str, plane: str, shift: int) -> str:
-        """The gradient of one kernel element for all channel pairs: (O, C), or (G, O/G, C/G)."""
+        """The gradient of one kernel element for all channel pairs: (O, C), or (1, G, O/G, C/G)."""
         axis = 2 if self.merged or not self.depthwise else 3
         window = plane
         if self.line != self.length:
@@ -255,5 +256,5 @@ class _Form:
         if self.merged:
             return b.op("Gemm", lines, b.op("Reshape", window, b.ints([self.channels, -1])), transB=1)
         if self.depthwise:
-            return b.reduce("ReduceSum", b.op("Mul", lines, window), [0, 3])
-        return b.reduce("ReduceSum", b.op("MatMul", lines, window), [0])
+            return b.reduce("ReduceSum", b.op("Mul", lines, window), [0, 3], keepdims=True)
+        return b.reduce("ReduceSum", b.op("MatMul", lines, window), [0], keepdims=True)

@@ -3,7 +3,7 @@
 The arena is a best-fit allocator with coalescing (BFC): sizes are multiples of 256 bytes; free chunks lie in bins by
 powers of two, sorted by size and then address; a request takes the first chunk that is large enough, from the smallest
 bin on, and gives back what it does not need; a freed chunk joins its free neighbours. It is simulated as it is set up
-in `edgelocal.session`: all of the budgeted memory in one region, every remainder split off.
+in `edgelocal.session`: one region, every remainder split off.
 """
 
 from __future__ import annotations
@@ -19,10 +19,16 @@ def rounded(size: int) -> int:
 
 
 class Arena:
-    """One region without end. `peak` is the highest address ever in use, in bytes."""
+    """One region without end. `peak` is the highest address ever in use, in bytes.
+
+    The untouched rest of a region that ends is a free chunk like any other: as long as it is no smaller than the chunk
+    that is taken here, it is not taken there. `room` bytes are the least for that; in a region of so many, and at least
+    `peak`, everything lies where it lies here.
+    """
 
     def __init__(self) -> None:
         self.peak = 0
+        self.room = 0
         self.used = 0
         self._end = 0  # everything from here on is free and was never touched
         self._bins: dict[int, list[tuple[int, int]]] = {}
@@ -60,6 +66,7 @@ class Arena:
             index = bisect_left(chunks, (need, 0))
             if index < len(chunks):
                 size, start = chunks[index]
+                self.room = max(self.room, self._end + size)
                 self._drop(start)
                 if size > need:
                     self._add(start + need, size - need)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
+from onnx import numpy_helper
 
 from edgelocal.exporters.memory.arena import Arena
 from edgelocal.exporters.memory.shapes import Typed
@@ -59,13 +60,19 @@ class Graph:
     ops: tuple[Op, ...]
     types: Mapping[str, Typed]
     outer: frozenset[str]  # inputs, outputs and constants: not allocated by a run
+    ints: Mapping[str, tuple[int, ...]]  # the constants of whole numbers in one dimension: shapes, axes, bounds
 
 
 def graph_of(model: onnx.ModelProto, types: Mapping[str, Typed]) -> Graph:
     """The graph of a model whose nodes are in the order of execution."""
     graph = model.graph
     outer = frozenset(v.name for v in (*graph.input, *graph.output, *graph.initializer))
-    return Graph(tuple(map(Op.of, graph.node)), types, outer)
+    ints = {i.name: tuple(map(int, numpy_helper.to_array(i))) for i in graph.initializer if _is_list(i)}
+    return Graph(tuple(map(Op.of, graph.node)), types, outer, ints)
+
+
+def _is_list(constant: onnx.TensorProto) -> bool:
+    return constant.data_type == onnx.TensorProto.INT64 and len(constant.dims) == 1
 
 
 def buffers(graph: Graph) -> Iterator[tuple[int, list[str], list[str]]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from edgelocal.exporters.memory.liveness import Graph, Op, arena_peak, buffers
+from edgelocal.exporters.memory.arena import Arena
+from edgelocal.exporters.memory.liveness import Graph, Op, buffers
 from edgelocal.exporters.memory.recompute import AGAIN
 from edgelocal.exporters.memory.shapes import Size
 from edgelocal.spec import AffineSpec, MemorySpec, PeakSpec
@@ -24,9 +25,31 @@ def memory_model(graph: Graph, batch: int, loss: str | None) -> MemorySpec:
     """
     moments = _moments(graph, loss)
     batches = sorted({*_BATCHES, batch})
-    beside = [_beside(op, graph) for op in graph.ops]
-    arena = tuple((n, arena_peak(graph, n, scratch) + max((s.at(n) for s in beside), default=0)) for n in batches)
-    return MemorySpec(tuple(_envelope(moments, batches)), arena)
+    return MemorySpec(tuple(_envelope(moments, batches)), tuple((n, *_need(graph, n)) for n in batches))
+
+
+def _need(graph: Graph, batch: int) -> tuple[int, int]:
+    """Bytes that a run touches, and those of the arena's region. What kernels take from the system is counted in both,
+    which makes the region a little larger than need be."""
+    arena = arena_after(graph, batch)
+    touched = arena.peak + max((_beside(op, graph).at(batch) for op in graph.ops), default=0)
+    return touched, max(touched, arena.room)
+
+
+def arena_after(graph: Graph, batch: int) -> Arena:
+    """The arena after a run of the graph on `batch` samples."""
+    arena = Arena()
+    places: dict[str, int] = {}
+    for number, new, dead in buffers(graph):
+        for name in new:
+            places[name] = arena.allocate(graph.types[name].size.at(batch))
+        extra = scratch(graph.ops[number])
+        if extra:
+            arena.free(arena.allocate(extra))
+        for name in dead:
+            if name in places:
+                arena.free(places.pop(name))
+    return arena
 
 
 def scratch(op: Op) -> int:

@@ -9,12 +9,16 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from edgelocal.exporters.memory.liveness import Graph, arena_peak, graph_of, overwritable
 from edgelocal.exporters.memory.merge import simplify
 from edgelocal.exporters.memory.model import memory_model, scratch
+from edgelocal.exporters.memory.narrow import narrow
 from edgelocal.exporters.memory.order import queries_first, settle, sink
+from edgelocal.exporters.memory.pocket import with_pocket
 from edgelocal.exporters.memory.recompute import recompute
 from edgelocal.exporters.memory.shapes import value_types
 from edgelocal.exporters.onnx_block import ExportedGraph
@@ -40,8 +44,8 @@ class Lean:
 def optimise(exported: ExportedGraph, batch: int, *, settled: bool = False) -> Lean:
     """The graph with the lowest peak found for `batch` samples, and its memory model for any batch.
 
-    What it computes stays the same, bit by bit; only the order of nodes and what is computed again differ. `settled`
-    looks longer for an order in which the arena wastes little.
+    What it computes stays the same, bit by bit but for large products in halves (narrow.py); the order of nodes and
+    what is computed again differ. `settled` looks longer for an order in which the arena wastes little.
     """
     names = {t.name: f"in/{i}" for i, t in enumerate(exported.inputs)}
     names |= {t.name: f"out/{i}" for i, t in enumerate(exported.outputs)}
@@ -66,21 +70,34 @@ def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapp
             graph = trial
             best = min(best, graph, key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
     best = min(best, sink(graph, batch), key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
-    if settled and len(best.ops) <= _SETTLED:
-        best = settle(best, batch, scratch)
-    model = _model_of(model, best)
+    best = _placed(narrow(best, batch), batch, settled=settled)
+    model = model_of(model, best)
     onnx.checker.check_model(model)  # every value made once, and before its use
     digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
     return Lean(model, memory_model(best, batch, loss), digest, overwritable(best, pairs))
 
 
-def _model_of(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
+def _placed(graph: Graph, batch: int, *, settled: bool) -> Graph:
+    """The graph in the order in which the arena wastes least, with a pocket for small values or without."""
+    trials = [graph, *filter(None, [with_pocket(graph, batch)])]
+    if settled and len(graph.ops) <= _SETTLED:
+        trials = [settle(trial, batch, scratch) for trial in trials]
+    return min(trials, key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
+
+
+def model_of(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
     """The model with the graph's nodes, and the type of every value, without which the runtime shares less memory."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     nodes = [op.node() for op in graph.ops]
     del result.graph.node[:]
     result.graph.node.extend(nodes)
+    used = {name for op in graph.ops for name in op.inputs}
+    old = [i for i in model.graph.initializer if i.name in used]
+    new = sorted(used.intersection(graph.ints).difference(i.name for i in old))
+    del result.graph.initializer[:]
+    result.graph.initializer.extend(old)
+    result.graph.initializer.extend(numpy_helper.from_array(np.array(graph.ints[n], np.int64), n) for n in new)
     made = {name for op in graph.ops for name in op.outputs} - graph.outer
     del result.graph.value_info[:]
     result.graph.value_info.extend(graph.types[name].info(name) for name in sorted(made) if name)

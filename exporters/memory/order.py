@@ -6,6 +6,8 @@ that file and execution agree. A large value that waits for its use is computed 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from edgelocal.exporters.memory.liveness import Graph, Op, Workspace, arena_peak, living
 
 FIRST = frozenset(("Shape", "Size"))
@@ -21,7 +23,7 @@ def queries_first(graph: Graph) -> Graph:
     """
     first = [op for op in graph.ops if op.kind in FIRST]
     rest = [op for op in graph.ops if op.kind not in FIRST]
-    return Graph((*first, *rest), graph.types, graph.outer)
+    return replace(graph, ops=(*first, *rest))
 
 
 def sink(graph: Graph, batch: int) -> Graph:
@@ -83,7 +85,7 @@ def _placed(graph: Graph, name: str, place: int) -> Graph:
     made = next(i for i, op in enumerate(graph.ops) if name in op.outputs)
     rest = [op for i, op in enumerate(graph.ops) if i != made]
     at = place - (place > made)
-    return Graph((*rest[:at], graph.ops[made], *rest[at:]), graph.types, graph.outer)
+    return replace(graph, ops=(*rest[:at], graph.ops[made], *rest[at:]))
 
 
 def _moved(graph: Graph, name: str) -> Graph | None:
@@ -105,7 +107,7 @@ def _moved(graph: Graph, name: str) -> Graph | None:
             outputs.update(op.inputs)
     late = set(chain)
     order = [i for i in range(use) if i not in late] + sorted(late) + list(range(use, len(ops)))
-    return Graph(tuple(ops[i] for i in order), graph.types, graph.outer)
+    return replace(graph, ops=tuple(ops[i] for i in order))
 
 
 def _uses(op: Op, maker: Op) -> bool:

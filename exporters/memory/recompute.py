@@ -140,7 +140,7 @@ def rewritten(graph: Graph, values: frozenset[str], least: int) -> Graph:
     for number, op in enumerate(graph.ops):
         late = {i: again(i, number) for i in dict.fromkeys(op.inputs) if i in start and number >= start[i]}
         result.append(_copy(op, late, {}) if late else op)
-    return Graph(tuple(_used(result, graph.outer)), types, graph.outer)
+    return replace(graph, ops=tuple(_used(result, graph.outer)), types=types)
 
 
 def _copy(op: Op, inputs: dict[str, str], outputs: dict[str, str]) -> Op:
