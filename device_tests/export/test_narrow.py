@@ -15,7 +15,7 @@ from torch import nn
 from device_tests.export import helpers
 from device_tests.export.accumulation import TASK, build
 from device_tests.export.helpers import Arrays
-from edgelocal.exporters.memory.liveness import Graph, arena_peak, graph_of, living
+from edgelocal.exporters.memory.liveness import Graph, graph_of, living
 from edgelocal.exporters.memory.merge import simplify
 from edgelocal.exporters.memory.model import scratch
 from edgelocal.exporters.memory.narrow import narrow
@@ -23,6 +23,7 @@ from edgelocal.exporters.memory.optimise import model_of
 from edgelocal.exporters.memory.order import queries_first
 from edgelocal.exporters.memory.pocket import with_pocket
 from edgelocal.exporters.memory.shapes import value_types
+from edgelocal.exporters.memory.simulate import arena_peak
 from edgelocal.exporters.onnx_block import ExportedGraph
 from edgelocal.exporters.onnx_step import step_graph
 from edgelocal.exporters.optimizers import sgd

@@ -8,13 +8,12 @@ same shape that nobody needs any more. Inputs and outputs of the graph are the c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
 from onnx import numpy_helper
 
-from edgelocal.exporters.memory.arena import Arena
 from edgelocal.exporters.memory.shapes import Typed
 
 # Operators whose kernel on the CPU writes its result over its input (found by the runtime's profile; sums and products,
@@ -49,10 +48,6 @@ class Op:
         return node
 
 
-Workspace = Callable[[Op], int]
-Event = tuple[str, str, int]  # "new" or "free", name of the buffer, index of the node
-
-
 @dataclass(frozen=True)
 class Graph:
     """What liveness needs to know of a graph, in the order of execution."""
@@ -75,41 +70,61 @@ def _is_list(constant: onnx.TensorProto) -> bool:
     return constant.data_type == onnx.TensorProto.INT64 and len(constant.dims) == 1
 
 
-def buffers(graph: Graph) -> Iterator[tuple[int, list[str], list[str]]]:
-    """For every node: its number, the buffers it allocates, and those freed after it. A buffer is named by the first
-    value in it."""
-    uses = Counter(name for op in graph.ops for name in op.inputs)
-    uses.update(graph.outer)
-    root = {name: name for name in graph.outer}
-    left: Counter[str] = Counter(dict.fromkeys(graph.outer, 1 << 30))
-    for number, op in enumerate(graph.ops):
+class Walk:
+    """What is known of the buffers between two nodes of a run."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._types, self._outer = graph.types, graph.outer
+        self._uses = Counter(name for op in graph.ops for name in op.inputs)
+        self._root: dict[str, str] = {}  # of values that live or lived: the buffer they lie in
+        self._left: dict[str, int] = {}  # uses still to come
+
+    def copy(self) -> Walk:
+        """The same moment, to go on from in another way."""
+        other = object.__new__(Walk)
+        other._types, other._outer, other._uses = self._types, self._outer, self._uses
+        other._root, other._left = dict(self._root), dict(self._left)
+        return other
+
+    def step(self, op: Op) -> tuple[list[str], list[str]]:
+        """The buffers that the node allocates, and those freed after it. A buffer is named by the first value in it."""
+        root, left = self._root, self._left
         new = []
-        for output in filter(None, op.outputs):
-            if output in graph.outer:
+        for output in op.outputs:
+            if not output or output in self._outer:
                 continue
-            shared = _shared(op, output, graph, root, left)
+            shared = self._shared(op, output)
             if shared is None:
                 new.append(output)
                 shared = output
             root[output] = shared
-            left[shared] += uses[output]
+            left[shared] = left.get(shared, 0) + self._uses[output]
+        dead = [name for name in new if left[name] == 0]
         for name in op.inputs:
-            if name:
-                left[root[name]] -= 1
-        touched = dict.fromkeys(root[n] for n in (*op.inputs, *op.outputs) if n)
-        dead = [name for name in touched if left[name] == 0]
-        for name in dead:
-            left[name] = -1
-        yield number, new, dead
+            if name in root:
+                buffer = root[name]
+                left[buffer] -= 1
+                if left[buffer] == 0:
+                    dead.append(buffer)
+        return new, dead
+
+    def _shared(self, op: Op, output: str) -> str | None:
+        """The buffer that `output` shares with an input, if it does."""
+        if op.kind in ALIASES:
+            return self._root.get(op.inputs[0], op.inputs[0])
+        if op.kind in IN_PLACE:
+            source = op.inputs[0]
+            buffer = self._root.get(source)
+            if buffer is not None and self._left[buffer] == 1 and _same(self._types[source], self._types[output]):
+                return buffer
+        return None
 
 
-def _shared(op: Op, output: str, graph: Graph, root: Mapping[str, str], left: Mapping[str, int]) -> str | None:
-    """The buffer that `output` shares with an input, if it does."""
-    if op.kind in ALIASES:
-        return root[op.inputs[0]]
-    if op.kind in IN_PLACE and left[root[op.inputs[0]]] == 1 and _same(graph.types[op.inputs[0]], graph.types[output]):
-        return root[op.inputs[0]]
-    return None
+def buffers(graph: Graph) -> Iterator[tuple[int, list[str], list[str]]]:
+    """For every node: its number, the buffers it allocates, and those freed after it."""
+    walk = Walk(graph)
+    for number, op in enumerate(graph.ops):
+        yield number, *walk.step(op)
 
 
 def _same(a: Typed, b: Typed) -> bool:
@@ -144,22 +159,6 @@ def living(graph: Graph, batch: int) -> Living:
         for name in dead:
             live -= sizes.pop(name, 0)
     return Living(most, at, total ** (1 / _SHARPNESS))
-
-
-def arena_peak(graph: Graph, batch: int, workspace: Workspace) -> int:
-    """Bytes that the arena touches while the graph runs; `workspace` are bytes that an op needs while it runs."""
-    arena = Arena()
-    places: dict[str, int] = {}
-    for number, new, dead in buffers(graph):
-        for name in new:
-            places[name] = arena.allocate(graph.types[name].size.at(batch))
-        scratch = workspace(graph.ops[number])
-        if scratch:
-            arena.free(arena.allocate(scratch))
-        for name in dead:
-            if name in places:
-                arena.free(places.pop(name))
-    return arena.peak
 
 
 _ELEMENTWISE = frozenset(("Add", "Sub", "Mul", "Div"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from edgelocal.exporters.memory.arena import Arena
 from edgelocal.exporters.memory.liveness import Graph, Op, buffers
 from edgelocal.exporters.memory.recompute import AGAIN
 from edgelocal.exporters.memory.shapes import Size
+from edgelocal.exporters.memory.simulate import arena_after
 from edgelocal.spec import AffineSpec, MemorySpec, PeakSpec
 
 KINDS = ("activations", "gradients", "workspace")
@@ -31,25 +31,9 @@ def memory_model(graph: Graph, batch: int, loss: str | None) -> MemorySpec:
 def _need(graph: Graph, batch: int) -> tuple[int, int]:
     """Bytes that a run touches, and those of the arena's region. What kernels take from the system is counted in both,
     which makes the region a little larger than need be."""
-    arena = arena_after(graph, batch)
+    arena = arena_after(graph, batch, scratch)
     touched = arena.peak + max((_beside(op, graph).at(batch) for op in graph.ops), default=0)
     return touched, max(touched, arena.room)
-
-
-def arena_after(graph: Graph, batch: int) -> Arena:
-    """The arena after a run of the graph on `batch` samples."""
-    arena = Arena()
-    places: dict[str, int] = {}
-    for number, new, dead in buffers(graph):
-        for name in new:
-            places[name] = arena.allocate(graph.types[name].size.at(batch))
-        extra = scratch(graph.ops[number])
-        if extra:
-            arena.free(arena.allocate(extra))
-        for name in dead:
-            if name in places:
-                arena.free(places.pop(name))
-    return arena
 
 
 def scratch(op: Op) -> int:

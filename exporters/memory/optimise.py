@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from edgelocal.exporters.memory.liveness import Graph, arena_peak, graph_of, overwritable
+from edgelocal.exporters.memory.liveness import Graph, graph_of, overwritable
 from edgelocal.exporters.memory.merge import simplify
 from edgelocal.exporters.memory.model import memory_model, scratch
 from edgelocal.exporters.memory.narrow import narrow
@@ -21,6 +21,7 @@ from edgelocal.exporters.memory.order import queries_first, settle, sink
 from edgelocal.exporters.memory.pocket import with_pocket
 from edgelocal.exporters.memory.recompute import recompute
 from edgelocal.exporters.memory.shapes import value_types
+from edgelocal.exporters.memory.simulate import arena_peak
 from edgelocal.exporters.onnx_block import ExportedGraph
 from edgelocal.spec import MemorySpec
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgelocal.exporters.memory.liveness import Graph, Op, Workspace, arena_peak, living
+from edgelocal.exporters.memory.liveness import Graph, Op, living
+from edgelocal.exporters.memory.simulate import Rehearsal, Workspace
 
 FIRST = frozenset(("Shape", "Size"))
 _FAR = 4  # nodes between making a value and using it
@@ -46,22 +47,28 @@ def settle(graph: Graph, batch: int, workspace: Workspace, rounds: int = 2) -> G
 
     Each op that makes a large value is tried as early as its inputs allow, as late as its first use does, and between.
     """
-    best, most = arena_peak(graph, batch, workspace), living(graph, batch).most
+    most = living(graph, batch).most
     least, enough = _WORTH * most, _TIGHT * most
+    best = Rehearsal(graph, batch, workspace)
     for _ in range(rounds):
         before = best
-        for name in _large(graph, batch, least):
-            if best <= enough:
-                return graph
-            for place in _places(graph, name):
-                trial = _placed(graph, name, place)
-                size = arena_peak(trial, batch, workspace)
-                if size < best:
-                    graph, best = trial, size
-                    break
-        if best == before:
+        for name in _large(best.graph, batch, least):
+            if best.peak <= enough:
+                return best.graph
+            best = _tried(best, name, batch, workspace)
+        if best is before:
             break
-    return graph
+    return best.graph
+
+
+def _tried(best: Rehearsal, name: str, batch: int, workspace: Workspace) -> Rehearsal:
+    """The first place of the op that makes `name` that lowers the peak; as it was if there is none."""
+    made = next(i for i, op in enumerate(best.graph.ops) if name in op.outputs)
+    for place in _places(best.graph, made):
+        trial = _placed(best.graph, made, place)
+        if best.peak_of(trial, min(made, place)) < best.peak:
+            return Rehearsal(trial, batch, workspace)
+    return best
 
 
 def _large(graph: Graph, batch: int, least: float) -> list[str]:
@@ -70,10 +77,9 @@ def _large(graph: Graph, batch: int, least: float) -> list[str]:
     return [name for name in made if graph.types[name].size.at(batch) >= least]
 
 
-def _places(graph: Graph, name: str) -> list[int]:
-    """Where the op that makes `name` could run instead, as positions in front of ops."""
+def _places(graph: Graph, made: int) -> list[int]:
+    """Where op number `made` could run instead, as positions in front of ops."""
     ops = graph.ops
-    made = next(i for i, op in enumerate(ops) if name in op.outputs)
     needed = set(ops[made].inputs)
     early = 1 + max((i for i in range(made) if needed.intersection(ops[i].outputs)), default=-1)
     late = next((i for i in range(made + 1, len(ops)) if _uses(ops[i], ops[made])), len(ops))
@@ -81,8 +87,7 @@ def _places(graph: Graph, name: str) -> list[int]:
     return [place for place in dict.fromkeys(wanted) if place not in (made, made + 1)]
 
 
-def _placed(graph: Graph, name: str, place: int) -> Graph:
-    made = next(i for i, op in enumerate(graph.ops) if name in op.outputs)
+def _placed(graph: Graph, made: int, place: int) -> Graph:
     rest = [op for i, op in enumerate(graph.ops) if i != made]
     at = place - (place > made)
     return replace(graph, ops=(*rest[:at], graph.ops[made], *rest[at:]))
