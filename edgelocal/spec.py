@@ -161,12 +161,14 @@ class MemorySpec:
 
 @dataclass(frozen=True)
 class MacsSpec:
-    """Multiply-accumulate operations for one sample: of the block itself and of its auxiliary network."""
+    """Multiply-accumulate operations for one sample: of the block itself and of its auxiliary network; `recomputed` are
+    those of both that the step does a second time to need less memory, on top of `training`."""
 
     forward: int
     forward_auxiliary: int
     training: int
     training_auxiliary: int
+    recomputed: int = 0
 
 
 @dataclass(frozen=True)

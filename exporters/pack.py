@@ -35,6 +35,7 @@ from edgelocal.spec import (
     BlockSpec,
     FileSpec,
     GraphSpec,
+    MacsSpec,
     Manifest,
     MemorySpec,
     RuleSpec,
@@ -85,9 +86,9 @@ def _write(request: ExportRequest, folder: Path, say: Say) -> dict[str, Any]:
     shape = tuple(request.input.shape)
     for block in blocks:
         say(f"block {block.name} of {len(blocks)}: {', '.join(block.unit_names)}")
-        spec = _write_block(writer, block, request, shape, dtype)
+        spec = _write_block(writer, block, request, shape, dtype, block_macs(block, shape, dtype, counter))
         depth = depths[len(specs)] if len(specs) < len(depths) else None
-        specs.append(replace(spec, macs=block_macs(block, shape, dtype, counter), depth=depth))
+        specs.append(replace(spec, depth=depth))
         shape = spec.step.outputs[0].shape[1:]  # type: ignore[assignment]  # only the first dimension is symbolic
         dtype = getattr(torch, spec.step.outputs[0].dtype)
     predict = _write_predict(writer, specs)
@@ -166,7 +167,12 @@ class _Writer:
 
 
 def _write_block(
-    writer: _Writer, block: LocalBlock, request: ExportRequest, shape: tuple[int, ...], dtype: torch.dtype
+    writer: _Writer,
+    block: LocalBlock,
+    request: ExportRequest,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    macs: MacsSpec,
 ) -> BlockSpec:
     batch = request.defaults.batch
     step = step_graph(block, request.task, request.optimizer, shape, dtype)
@@ -186,6 +192,8 @@ def _write_block(
     for name, graph in graphs.items():
         lean = optimise(graph, batch, settled=name == "step")
         memory[name] = lean.memory
+        if name == "step":
+            macs = replace(macs, recomputed=lean.recomputed)
         specs[name] = writer.graph(f"blocks/{block.name}/{name}.onnx", graph, lean)
     weights = f"blocks/{block.name}/weights.safetensors"
     writer.write(weights, _encoded(block, step.inputs))
@@ -199,6 +207,7 @@ def _write_block(
         masks=step.masks,
         accumulation=AccumulationSpec(specs["gradient"], specs["apply"]),
         memory=BlockMemorySpec(**memory),
+        macs=macs,
     )
 
 

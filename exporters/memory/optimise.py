@@ -22,6 +22,7 @@ from edgelocal.exporters.memory.pocket import with_pocket
 from edgelocal.exporters.memory.recompute import recompute
 from edgelocal.exporters.memory.shapes import value_types
 from edgelocal.exporters.memory.simulate import arena_peak
+from edgelocal.exporters.memory.trade import computed_again, trade
 from edgelocal.exporters.onnx_block import ExportedGraph
 from edgelocal.spec import MemorySpec
 
@@ -33,13 +34,14 @@ _MOST_DONE = 64  # bounds what a long process keeps
 
 @dataclass(frozen=True)
 class Lean:
-    """A graph that runs in little memory. `structure` is equal for graphs that differ in names only; `in_place` are the
-    inputs that their new values may overwrite."""
+    """A graph that runs in little memory. `structure` is equal for graphs that differ in names only, `in_place` are the
+    inputs that their new values may overwrite, `recomputed` multiply-accumulates of a sample that are done twice."""
 
     model: onnx.ModelProto
     memory: MemorySpec
     structure: str
     in_place: tuple[str, ...]
+    recomputed: int
 
 
 def optimise(exported: ExportedGraph, batch: int, *, settled: bool = False) -> Lean:
@@ -71,11 +73,13 @@ def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapp
             graph = trial
             best = min(best, graph, key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
     best = min(best, sink(graph, batch), key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
-    best = _placed(narrow(best, batch), batch, settled=settled)
+    if loss and len(best.ops) <= _SETTLED:
+        best = trade(best, batch, loss, lambda g: narrow(sink(g, batch), batch))
+    best = _placed(narrow(sink(best, batch), batch), batch, settled=settled)
     model = model_of(model, best)
     onnx.checker.check_model(model)  # every value made once, and before its use
     digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
-    return Lean(model, memory_model(best, batch, loss), digest, overwritable(best, pairs))
+    return Lean(model, memory_model(best, batch, loss), digest, overwritable(best, pairs), computed_again(best))
 
 
 def _placed(graph: Graph, batch: int, *, settled: bool) -> Graph:

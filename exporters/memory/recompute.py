@@ -68,14 +68,14 @@ def _cost(graph: Graph, batch: int) -> tuple[float, int]:
 
 def _candidates(graph: Graph, loss: str) -> list[str]:
     """Cheap values of the forward pass, or recomputed ones, that wait a while between two uses."""
-    uses = _uses(graph.ops)
+    uses = readers(graph.ops)
     forward = next(number for number, op in enumerate(graph.ops) if loss in op.outputs)
     return [
         output
         for number, op in enumerate(graph.ops)
         if _is_cheap(op, graph) and (number < forward or op.outputs[0].endswith(AGAIN))
         for output in op.outputs
-        if output not in graph.outer and _gap(number, uses[output]) is not None
+        if output not in graph.outer and gap_of(number, uses[output]) is not None
     ]
 
 
@@ -90,14 +90,14 @@ def _is_cheap(op: Op, graph: Graph) -> bool:
 _FAR = 12  # nodes between two uses that belong together
 
 
-def _gap(made: int, uses: Sequence[int]) -> int | None:
+def gap_of(made: int, uses: Sequence[int]) -> int | None:
     """The number of the first use after the longest wait, or None if there is no long one."""
     points = [made, *uses]
     wait, after = max(((b - a, b) for a, b in pairwise(points)), default=(0, 0))
     return after if wait > _FAR else None
 
 
-def _uses(ops: Iterable[Op]) -> dict[str, list[int]]:
+def readers(ops: Iterable[Op]) -> dict[str, list[int]]:
     uses: dict[str, list[int]] = defaultdict(list)
     for number, op in enumerate(ops):
         for name in dict.fromkeys(op.inputs):
@@ -111,9 +111,9 @@ def rewritten(graph: Graph, values: frozenset[str], least: int) -> Graph:
     What they are computed from is computed again too, if it is cheap, has at least `least` bytes a sample and is not
     needed itself by then.
     """
-    uses = _uses(graph.ops)
+    uses = readers(graph.ops)
     made = {output: number for number, op in enumerate(graph.ops) for output in op.outputs}
-    start = {v: gap for v in values if (gap := _gap(made[v], uses[v])) is not None}
+    start = {v: gap for v in values if (gap := gap_of(made[v], uses[v])) is not None}
     types = dict(graph.types)
     done: dict[str, str] = {}
     result: list[Op] = []
