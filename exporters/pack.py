@@ -190,7 +190,7 @@ def _write_block(
     specs: dict[str, GraphSpec] = {}
     memory: dict[str, MemorySpec] = {}
     for name, graph in graphs.items():
-        lean = optimise(graph, batch, settled=name == "step")
+        lean = optimise(graph, batch)
         memory[name] = lean.memory
         if name == "step":
             macs = replace(macs, recomputed=lean.recomputed)

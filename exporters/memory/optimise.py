@@ -27,8 +27,8 @@ from edgelocal.exporters.onnx_block import ExportedGraph
 from edgelocal.spec import MemorySpec
 
 _ROUNDS = 2  # a value computed again may wait for two uses in turn
-_DONE: dict[tuple[bytes, int, bool], Lean] = {}
-_SETTLED = 2000  # nodes; for larger graphs it would take minutes
+_DONE: dict[tuple[bytes, int], Lean] = {}
+_SEARCHED = 2000  # nodes; for larger graphs it would take minutes
 _MOST_DONE = 64  # bounds what a long process keeps
 
 
@@ -44,28 +44,28 @@ class Lean:
     recomputed: int
 
 
-def optimise(exported: ExportedGraph, batch: int, *, settled: bool = False) -> Lean:
+def optimise(exported: ExportedGraph, batch: int) -> Lean:
     """The graph with the lowest peak found for `batch` samples, and its memory model for any batch.
 
     What it computes stays the same, bit by bit but for large products in halves (narrow.py); the order of nodes and
-    what is computed again differ. `settled` looks longer for an order in which the arena wastes little.
+    what is computed again differ.
     """
     names = {t.name: f"in/{i}" for i, t in enumerate(exported.inputs)}
     names |= {t.name: f"out/{i}" for i, t in enumerate(exported.outputs)}
     model = _renamed(exported.model, names)
     pairs = {names[t.name]: names[f"new/{t.name}"] for t in exported.inputs if f"new/{t.name}" in names}
-    key = model.SerializeToString(deterministic=True), batch, settled
+    key = model.SerializeToString(deterministic=True), batch
     if key not in _DONE:
         while len(_DONE) >= _MOST_DONE:
             del _DONE[next(iter(_DONE))]
         loss = next((names[t.name] for t in exported.outputs if t.name == "loss"), None)
-        _DONE[key] = _optimised(model, batch, loss, pairs, settled)
+        _DONE[key] = _optimised(model, batch, loss, pairs)
     lean = _DONE[key]
     back = {new: old for old, new in names.items()}
     return replace(lean, model=_renamed(lean.model, back), in_place=tuple(back[name] for name in lean.in_place))
 
 
-def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapping[str, str], settled: bool) -> Lean:
+def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapping[str, str]) -> Lean:
     model = simplify(model)
     best = graph = queries_first(graph_of(model, value_types(model)))
     for _ in range(_ROUNDS):
@@ -73,19 +73,19 @@ def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapp
             graph = trial
             best = min(best, graph, key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
     best = min(best, sink(graph, batch), key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
-    if loss and len(best.ops) <= _SETTLED:
+    if loss and len(best.ops) <= _SEARCHED:
         best = trade(best, batch, loss, lambda g: narrow(sink(g, batch), batch))
-    best = _placed(narrow(sink(best, batch), batch), batch, settled=settled)
+    best = _placed(narrow(sink(best, batch), batch), batch)
     model = model_of(model, best)
     onnx.checker.check_model(model)  # every value made once, and before its use
     digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
     return Lean(model, memory_model(best, batch, loss), digest, overwritable(best, pairs), computed_again(best))
 
 
-def _placed(graph: Graph, batch: int, *, settled: bool) -> Graph:
+def _placed(graph: Graph, batch: int) -> Graph:
     """The graph in the order in which the arena wastes least, with a pocket for small values or without."""
     trials = [graph, *filter(None, [with_pocket(graph, batch)])]
-    if settled and len(graph.ops) <= _SETTLED:
+    if len(graph.ops) <= _SEARCHED:
         trials = [settle(trial, batch, scratch) for trial in trials]
     return min(trials, key=lambda g: (arena_peak(g, batch, scratch), len(g.ops)))
 
