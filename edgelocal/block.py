@@ -123,8 +123,8 @@ class Block:
     ) -> StepResult:
         spec = self.spec.step
         results = self._run(spec, {"x": x, "y": y, **_scalars(hyper), **masks}, state, {}, release)
-        kept = frozenset(f"new/{name}" for name in spec.in_place or ())
-        written = sum(t.array().nbytes for name, t in results.items() if name not in kept)
+        overwriting = spec.overwriting
+        written = sum(t.array().nbytes for name, t in results.items() if name not in overwriting)
         return StepResult(results["h"], results["loss"].item(), results[spec.outputs[2].name].item(), written)
 
     def _in_parts(
@@ -171,13 +171,13 @@ class Block:
             )
         inputs = [known[t.name] for t in spec.inputs]
         batch = feeds["x"].batch if "x" in feeds else 1
-        safe = frozenset(f"new/{name}" for name in spec.in_place or ())
         results: dict[str, Tensor] = {}
+        overwriting = spec.overwriting
         for tensor in spec.outputs:
             old = tensor.name.removeprefix("new/")
             if tensor.name in given:
                 results[tensor.name] = given[tensor.name]
-            elif tensor.name in safe:
+            elif tensor.name in overwriting:
                 results[tensor.name] = state[old]
             else:
                 results[tensor.name] = Tensor.empty(tensor.resolve(batch), tensor.dtype)

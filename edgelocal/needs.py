@@ -110,9 +110,9 @@ def tensor_bytes(tensor: TensorSpec, batch: int = 1) -> int:
 
 def _copies(graph: GraphSpec) -> dict[str, int]:
     """New values that a run writes beside the old ones, by kind."""
-    safe = frozenset(graph.in_place or ())
-    new = ((t.name.partition("/")[2], t) for t in graph.outputs if t.name.startswith("new/"))
-    return _by_kind((name.partition("/")[0], t) for name, t in new if name not in safe)
+    overwriting = graph.overwriting
+    new = (t for t in graph.outputs if t.name.startswith("new/") and t.name not in overwriting)
+    return _by_kind((t.name.split("/")[1], t) for t in new)
 
 
 def _by_kind(tensors: Iterable[tuple[str, TensorSpec]]) -> dict[str, int]:

@@ -21,13 +21,10 @@ from edgelocal.errors import BundleError
 from edgelocal.formats.base import Labels
 from edgelocal.needs import tensor_bytes
 from edgelocal.plan import PipelineBytes, Plan, Thresholds, has_model, make_plan, make_thresholds
-from edgelocal.profiles import Profile, find_profile
+from edgelocal.profiles import Profile, find_profile, idle_process_bytes
 from edgelocal.session import give_back, start
 from edgelocal.spec import AugmentSpec, BlockSpec, Manifest, TaskSpec
 
-# Resident memory of `train` before it opens a bundle, measured with Python 3.11, numpy 2.4.6 and onnxruntime 1.31.1 on
-# x86-64 (66.3 MiB), and what a parsed manifest takes for each of its bytes (8.3 at 0.6 MB, 7.9 at 2.2 MB).
-IDLE_BYTES, MANIFEST_FACTOR = 67 << 20, 9
 TRAINING_MODULES = ("training", "progress", "signals", "report.terminal")  # what `train` has loaded by then
 VALIDATION_SHARE = 5  # one sample to validate with for so many to train with
 
@@ -213,7 +210,7 @@ def _cache(manifest: Manifest, request: PlanRequest, disk_free_bytes: int) -> di
 def _idle_bytes(bundle: Bundle, profile: Profile | None) -> int:
     """Resident memory of the process before a training: of this one, or as it was measured elsewhere."""
     if profile is not None:
-        return IDLE_BYTES + MANIFEST_FACTOR * (bundle.folder / MANIFEST).stat().st_size
+        return idle_process_bytes((bundle.folder / MANIFEST).stat().st_size)
     for name in TRAINING_MODULES:
         import_module(f"edgelocal.{name}")
     start()

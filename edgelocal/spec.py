@@ -1,4 +1,5 @@
-"""The manifest of a bundle as frozen dataclasses: pure values, no files.
+"""The manifest of a bundle as frozen dataclasses: pure values, no files.from functools import cached_property
+
 
 Shapes hold integers and the one symbol "N", the batch.
 """
@@ -66,6 +67,11 @@ class GraphSpec:
     structure: str | None = None
     in_place: tuple[str, ...] | None = None
     nodes: int | None = None
+
+    @property
+    def overwriting(self) -> frozenset[str]:
+        """The outputs that are written over the inputs whose new values they are."""
+        return frozenset(f"new/{name}" for name in self.in_place or ())
 
 
 @dataclass(frozen=True, slots=True)

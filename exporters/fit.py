@@ -28,9 +28,10 @@ from edgelocal.exporters.search_problem import Candidate, Problem
 from edgelocal.exporters.units import Network, output_shapes
 from edgelocal.needs import loaded_bytes, tensor_bytes
 from edgelocal.peaks import RUNTIME_BYTES
+from edgelocal.profiles import idle_process_bytes
 from edgelocal.spec import FrontierSpec, GraphSpec, MemorySpec, RuleSpec
 
-IDLE_BYTES = 72 << 20  # the process on the device with the runtime loaded (docs/planning.md)
+IDLE_BYTES = idle_process_bytes(560 << 10)  # of the device, with the manifest of some 20 blocks
 THREADS = 4  # of the device, for the size of a loaded graph
 
 Say = Callable[[str], None]
@@ -184,7 +185,7 @@ class _Learner:
 
 def working_set(spec: GraphSpec, memory: MemorySpec, batch: int) -> int:
     """Bytes above the idle process while the step runs on a whole batch and nothing else is loaded."""
-    kept = {f"new/{name}" for name in spec.in_place or ()}
-    tensors = [t for t in (*spec.inputs, *spec.outputs) if t.name not in kept]
+    overwriting = spec.overwriting
+    tensors = [t for t in (*spec.inputs, *spec.outputs) if t.name not in overwriting]
     outside = sum(tensor_bytes(t, batch) for t in tensors)
     return RUNTIME_BYTES + loaded_bytes(spec, THREADS) + outside + memory.arena_bytes(batch)

@@ -122,7 +122,7 @@ def slow_augment(image: np.ndarray, sample: int, spec: AugmentSpec, seed: int, e
     return result
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 3),
     st.integers(4, 7),

@@ -272,7 +272,7 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(NETWORKS, SETTINGS)
 def test_the_smallest_budget_is_exact(network: Manifest, setting: dict[str, Any]) -> None:
     least = make_thresholds(network, **setting).least
@@ -282,7 +282,7 @@ def test_the_smallest_budget_is_exact(network: Manifest, setting: dict[str, Any]
         make_plan(network, budget_bytes=least - 1, **setting)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(NETWORKS, SETTINGS, st.floats(0.85, 1))
 def test_the_largest_batch_of_a_refusal_is_exact(network: Manifest, setting: dict[str, Any], share: float) -> None:
     budget = int((make_thresholds(network, **setting).least - 1) * share)
@@ -296,7 +296,7 @@ def test_the_largest_batch_of_a_refusal_is_exact(network: Manifest, setting: dic
     assert (int(found[1]) if found else 0) == max(fitting, default=0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(NETWORKS, SETTINGS, st.lists(st.floats(0, 1.1), min_size=2, max_size=8))
 def test_a_larger_budget_never_gives_up_more(network: Manifest, setting: dict[str, Any], places: list[float]) -> None:
     steps = make_thresholds(network, **setting)
@@ -320,7 +320,7 @@ def paged_bytes(network: Manifest, plan: Plan) -> int:
     return sum(size for size, block in zip(sizes, plan.blocks, strict=True) if not block.resident)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(NETWORKS, SETTINGS, st.floats(0, 1))
 def test_micro_batches_are_the_first_that_fit_under_a_falling_bound(
     network: Manifest, setting: dict[str, Any], place: float
@@ -332,7 +332,7 @@ def test_micro_batches_are_the_first_that_fit_under_a_falling_bound(
     assert [b.micro_batch for b in plan.blocks] == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(NETWORKS, SETTINGS)
 def test_thresholds_are_where_something_is_given_up(network: Manifest, setting: dict[str, Any]) -> None:
     steps = make_thresholds(network, **setting)

@@ -96,7 +96,7 @@ def test_one_micro_batch_is_the_step_graph(name: str, optimizer: str) -> None:
 splits = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(split=splits, kind=st.sampled_from(sorted(TASKS)), seed=st.integers(0, 99))
 def test_every_split_with_the_same_rows_of_the_masks(split: list[int], kind: str, seed: int) -> None:
     """Every loss is a mean over the samples, and every mask has a row for each."""

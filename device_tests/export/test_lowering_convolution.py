@@ -134,7 +134,7 @@ def geometry(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, int, int]]:
     return options, (options["in_channels"], *sizes)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(geometry())
 def test_any_geometry(case: tuple[dict[str, Any], tuple[int, int, int]]) -> None:
     options, shape = case

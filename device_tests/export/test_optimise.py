@@ -217,7 +217,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(REQUESTS, st.integers(0, 9))
 def test_in_a_region_with_room_values_lie_where_the_simulation_says(
     requests: list[tuple[str, int]], larger: int

@@ -53,7 +53,7 @@ def by_torch(optimizer: Optimizer, start: Tensor, gradients: list[Tensor], rates
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_updates_are_those_of_pytorch_with_any_learning_rates(name: str, seed: int, rates: list[float]) -> None:
     generator = torch.Generator().manual_seed(seed)

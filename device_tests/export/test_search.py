@@ -104,7 +104,7 @@ def check_best(problem: Problem, truth: dict[Candidate, int], limit: float, foun
     assert limit >= smallest or found.largest == smallest
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(problems(), st.integers(0, 110))
 def test_without_a_margin_the_best_of_all_partitions_is_found(drawn: tuple[Problem, int], limit: int) -> None:
     problem, seed = drawn
@@ -128,7 +128,7 @@ def growing(problem: Problem, seed: int) -> tuple[Problem, dict[Candidate, int]]
     return replace(problem, proxy=proxy), truth
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(problems(), st.floats(0, 1))
 def test_proxies_within_the_margin_find_the_best_of_all_partitions(drawn: tuple[Problem, int], share: float) -> None:
     problem, truth = growing(*drawn)
@@ -139,7 +139,7 @@ def test_proxies_within_the_margin_find_the_best_of_all_partitions(drawn: tuple[
     check_best(problem, truth, limit, found)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(problems(), st.integers(0, 60))
 def test_whatever_the_working_sets_a_limit_said_to_be_kept_is_kept(drawn: tuple[Problem, int], limit: int) -> None:
     """Working sets that follow nothing: the answer may be dear, but it is true."""
@@ -152,7 +152,7 @@ def test_whatever_the_working_sets_a_limit_said_to_be_kept_is_kept(drawn: tuple[
     assert found.largest <= max(limit, min(max(truth[block] for block in blocks) for blocks in known))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(problems(), st.integers(2, 5))
 def test_the_frontier_ends_in_the_extremes_and_every_point_buys_something(
     drawn: tuple[Problem, int], points: int
