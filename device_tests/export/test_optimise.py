@@ -11,22 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper
 
 from device_tests.device.runs import ENVIRONMENT
 from device_tests.export.accumulation import SHAPE, TASK, blocks_of
 from device_tests.export.helpers import Arrays
 from edgelocal.exporters.memory.arena import ALIGNMENT, Arena
+from edgelocal.exporters.memory.liveness import graph_of
+from edgelocal.exporters.memory.model import scratch
 from edgelocal.exporters.memory.optimise import Lean, optimise
+from edgelocal.exporters.memory.shapes import value_types
+from edgelocal.exporters.memory.simulate import arena_after
 from edgelocal.exporters.onnx_accumulate import apply_graph, gradient_graph
 from edgelocal.exporters.onnx_block import ExportedGraph
 from edgelocal.exporters.onnx_step import step_graph
 from edgelocal.exporters.optimizers import adamw, sgd
 from edgelocal.session import Graph, Tensor
-from edgelocal.spec import GraphSpec
+from edgelocal.spec import GraphSpec, TensorSpec, table_bytes
 
 MIB = 1 << 20
 FITTED = 64  # the batch for which graphs are optimised
@@ -152,7 +158,11 @@ print(json.dumps(grown))
 
 @pytest.mark.parametrize("batch", [23, FITTED, 100])  # between, at and beyond batches that the model knows exactly
 @pytest.mark.parametrize(
-    ("network", "index", "kind"), [("resnet8", 0, "step"), ("vit", 1, "step"), ("convolutions", 1, "gradient")]
+    ("network", "index", "kind"),
+    [
+        *(("resnet8", 0, "step"), ("vit", 1, "step"), ("convolutions", 1, "gradient")),
+        *(("mobilenetv2", 0, "step"), ("mobilenetv2", 1, "step")),
+    ],
 )
 def test_a_run_touches_the_memory_that_was_predicted(
     network: str, index: int, kind: str, batch: int, tmp_path: Path
@@ -160,7 +170,9 @@ def test_a_run_touches_the_memory_that_was_predicted(
     """In the region that was predicted. One process a case, because a process has one arena. Growth counts whole pages
     and small change."""
     graph, lean = exported(network, index, kind)
-    batch *= {"resnet8": 2, "vit": 1, "convolutions": 8}[network]  # so that small change does not count
+    batch *= {"resnet8": 2, "vit": 1, "convolutions": 8, "mobilenetv2": 2}[
+        network
+    ]  # so that small change does not count
     arena, region = lean.memory.arena_bytes(batch), lean.memory.region_bytes(batch)
     case = spec_of(graph), lean.model.SerializeToString(), inputs_of(graph, batch), batch, region
     (tmp_path / "case").write_bytes(pickle.dumps(case))
@@ -173,6 +185,38 @@ def test_a_run_touches_the_memory_that_was_predicted(
     assert arena > 2 * MIB
     assert region <= (1.6 if exact else 2) * arena
     assert arena * (0.95 if exact else 0.85) - MIB // 2 <= grown <= arena + MIB // 2
+
+
+def test_what_nobody_reads_stays_until_the_end_of_a_run(tmp_path: Path) -> None:
+    """A small value between two maps, never read: a value of twice their size does not fit where they were."""
+    one, shape = 8 * MIB, ["N", 512, 1024]
+    nodes = [
+        helper.make_node("Neg", ["x"], ["a"]),
+        helper.make_node("ReduceMax", ["a"], ["unread"]),
+        helper.make_node("Exp", ["x"], ["b"]),
+        helper.make_node("Sum", ["a", "b"], ["c"]),
+        helper.make_node("ReduceMean", ["c"], ["mean"], keepdims=0),
+        helper.make_node("Concat", ["x", "x"], ["twice"], axis=1),
+        helper.make_node("ReduceMax", ["twice"], ["most"], keepdims=0),
+        helper.make_node("Add", ["mean", "most"], ["h"]),
+    ]
+    x, h = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, d) for n, d in (("x", shape), ("h", [])))
+    graph = helper.make_graph(nodes, "unread", [x], [h])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    found = arena_after(graph_of(model, value_types(model)), 4, scratch)
+    assert 3 * one < found.peak < 4 * one
+    inputs, outputs = (TensorSpec("x", ("N", 512, 1024), "float32"),), (TensorSpec("h", (), "float32"),)
+    region = 8 * one
+    case = (
+        GraphSpec("graph.onnx", inputs, outputs),
+        model.SerializeToString(),
+        {"x": np.ones((4, 512, 1024), np.float32)},
+    )
+    (tmp_path / "case").write_bytes(pickle.dumps((*case, 4, region)))
+    line = [sys.executable, "-c", TOUCHED, str(tmp_path / "case")]
+    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, check=True, timeout=100)
+    grown = min(json.loads(done.stdout)[1:])
+    assert grown == pytest.approx(found.peak + table_bytes(region), abs=MIB)
 
 
 @dataclass

@@ -99,7 +99,7 @@ class Walk:
                 shared = output
             root[output] = shared
             left[shared] = left.get(shared, 0) + self._uses[output]
-        dead = [name for name in new if left[name] == 0]
+        dead = []  # what nobody reads stays until the end
         for name in op.inputs:
             if name in root:
                 buffer = root[name]
