@@ -170,9 +170,8 @@ def test_a_run_touches_the_memory_that_was_predicted(
     """In the region that was predicted. One process a case, because a process has one arena. Growth counts whole pages
     and small change."""
     graph, lean = exported(network, index, kind)
-    batch *= {"resnet8": 2, "vit": 1, "convolutions": 8, "mobilenetv2": 2}[
-        network
-    ]  # so that small change does not count
+    # So that small change does not count.
+    batch *= {"resnet8": 2, "vit": 1, "convolutions": 8, "mobilenetv2": 2}[network]
     arena, region = lean.memory.arena_bytes(batch), lean.memory.region_bytes(batch)
     case = spec_of(graph), lean.model.SerializeToString(), inputs_of(graph, batch), batch, region
     (tmp_path / "case").write_bytes(pickle.dumps(case))
