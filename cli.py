@@ -252,10 +252,16 @@ def bench() -> None:
 @click.argument("network")
 @click.option("--input", "input_shape", default="3x32x32", show_default=True)
 @click.option("--classes", default=10, show_default=True)
-@click.option("--batch", default=128, show_default=True)
-@click.option("--steps", default=8, show_default=True, help="Timed steps a round.")
-@click.option("--rounds", default=3, show_default=True, help="Every variant once a round; medians are taken.")
-@click.option("--threads", default=2, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=8, show_default=True, help="Timed steps a round.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Every variant once a round; medians are taken.",
+)
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=FOLDER, help="Write the figures to this JSON file too.")
 @json_option

@@ -13,7 +13,9 @@ import click
 from rich.console import Console
 
 from edgelocal.console import error_console
-from edgelocal.errors import EdgelocalError, InterruptedRunError, StorageError
+from edgelocal.errors import BudgetError, EdgelocalError, InterruptedRunError, StorageError
+
+_MEMORY_ADVICE = "what was committed before stands; free memory, raise the limit, or use a smaller --batch"
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 
@@ -32,6 +34,9 @@ class Commands(click.Group):
             _fail(InterruptedRunError("interrupted; what was committed before stands"))
         except EdgelocalError as error:
             _fail(error)
+        except MemoryError as error:
+            error.__traceback__ = None  # frees what the command held, so that there is memory to say it
+            _fail(BudgetError(f"out of memory{f' ({error})' if str(error) else ''}; {_MEMORY_ADVICE}"))
 
 
 def emit(result: dict[str, Any], as_json: bool, *shown: Any) -> None:
@@ -64,7 +69,10 @@ def say_to(as_json: bool) -> Callable[[str], None]:
 def _fail(error: EdgelocalError) -> NoReturn:
     """One line on stderr, and the exit code."""
     _emit_error(str(error), error)
-    error_console().print(f"edgelocal: {error}", soft_wrap=True)
+    try:
+        error_console().print(f"edgelocal: {error}", soft_wrap=True)
+    except MemoryError:  # rich imports more of itself when it first prints
+        click.echo(f"edgelocal: {error}", err=True)
     sys.exit(error.exit_code)
 
 

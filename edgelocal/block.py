@@ -46,7 +46,7 @@ class Block:
         self._state: dict[str, Tensor] = {}
         if self._page is None:
             # A copy: a step writes over the state, and these may be views of a file's bytes.
-            self._state = {name: Tensor(np.array(array, order="C")) for name, array in arrays.items()}
+            self._state = {name: Tensor(np.array(arrays[name], order="C")) for name in arrays}
         else:
             self._page.write(arrays)
 
@@ -77,7 +77,7 @@ class Block:
         Raises:
             DivergedError: the loss is not finite; the state is not to be used any more.
             BundleError: the graph wants what nobody knows.
-            OverBudgetError: no memory; the state is not to be used any more.
+            OverBudgetError, MemoryError: no memory; the state is not to be used any more.
         """
         state = self._load()
         masks = self._masks(x.batch, seed, number)

@@ -16,6 +16,7 @@ from edgelocal.errors import UsageError
 
 AUTO_FRACTION = Fraction(4, 5)
 PROC = Path("/proc/self")
+LARGEST_SIZE = 1 << 60  # an exbibyte: sums of sizes still are 64-bit numbers
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _NUMBER = r"([0-9]{1,18}(?:\.[0-9]{1,18})?)"
@@ -27,11 +28,11 @@ def parse_size(text: str) -> int:
     """Bytes of "96MiB", "1.5GB", "4096": B, KB, MB, GB count in thousands, KiB, MiB, GiB in 1024s. Rounds down.
 
     Raises:
-        UsageError: not of this form, or less than one byte.
+        UsageError: not of this form, less than one byte, or more than an exbibyte.
     """
     match = _SIZE.fullmatch(text)
     size = int(Fraction(match[1]) * _UNITS[match[2].lower()]) if match else 0
-    if size < 1:
+    if not 1 <= size <= LARGEST_SIZE:
         raise UsageError(f"{text!r} is not a size; write for example 96MiB, 1.5GB or 100000000 (bytes)")
     return size
 

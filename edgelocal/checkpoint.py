@@ -48,13 +48,15 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands besides its tensors; scores and measures by block."""
+    """Where a training stands besides its tensors; scores and measures by block. `micro_batch_bound` is set where
+    memory ran out: no micro-batch of the run is larger from then on."""
 
     position: Position
     scores: tuple[Score, ...]
     measures: tuple[Measured, ...]
     process_peak_bytes: int
     metrics: tuple[EpochRecord, ...]
+    micro_batch_bound: int | None = None
 
 
 def capture(trainer: Trainer, metrics: Sequence[dict[str, Any]]) -> TrainingState:
@@ -66,6 +68,7 @@ def capture(trainer: Trainer, metrics: Sequence[dict[str, Any]]) -> TrainingStat
         "measures": [asdict(Measured(m.peak_bytes, m.step_s, m.steps, m.arena_bytes)) for m in trainer.measures],
         "process_peak_bytes": trainer.process_peak_bytes,
         "metrics": list(metrics),
+        "micro_batch_bound": trainer.micro_batch_bound,
     }
     return TrainingState(progress, tensors)
 
@@ -92,7 +95,7 @@ class _States(Mapping[str, Array]):
 
 
 def apply(progress: Progress, trainer: Trainer) -> None:
-    """Set position, scores and measures of a trainer.
+    """Set position, scores, measures and the bound of micro-batches of a trainer.
 
     Raises:
         CheckpointError: a value is out of the range of this training.
@@ -100,6 +103,7 @@ def apply(progress: Progress, trainer: Trainer) -> None:
     check_progress(progress, trainer.manifest, trainer.config, trainer.batches_per_epoch)
     trainer.position = progress.position
     trainer.process_peak_bytes = progress.process_peak_bytes
+    trainer.micro_batch_bound = progress.micro_batch_bound
     trainer.measures = [
         BlockMeasures(score, measured.peak_bytes, measured.step_s, measured.steps, measured.arena_bytes)
         for score, measured in zip(progress.scores, progress.measures, strict=True)
@@ -126,6 +130,9 @@ def check_progress(progress: Progress, manifest: Manifest, config: TrainConfig, 
     with _refused():
         _check_position(progress.position, len(stages(config.schedule, len(manifest.blocks))), config.epochs, batches)
         _check_measures(progress, len(manifest.blocks))
+        bound = progress.micro_batch_bound
+        if bound is not None:
+            expect(1 <= bound <= config.batch, "progress.micro_batch_bound", f"1 to {config.batch}", bound)
         for number, record in enumerate(progress.metrics):
             _check_record(record, manifest, f"progress.metrics[{number}]")
 
@@ -171,8 +178,12 @@ def check_tensors(tensors: Mapping[str, Array], manifest: Manifest) -> None:
         unlike = sorted(expected.keys() ^ tensors.keys())
         expect(not unlike, "tensors", "the state of the bundle's blocks", f"{unlike[:1]} in one of both")
         for name, spec in expected.items():
-            found = (tensors[name].dtype.name, list(tensors[name].shape))
+            found = _form(tensors[name])
             expect(found == (spec.dtype, list(spec.shape)), name[:64], f"{spec.dtype} {list(spec.shape)}", found)
+
+
+def _form(tensor: Array) -> tuple[str, list[int]]:
+    return tensor.dtype.name, list(tensor.shape)
 
 
 def _in_range(value: int, most: int, where: str) -> None:

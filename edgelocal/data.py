@@ -9,7 +9,7 @@ as a whole is unpacked into a file first (see `edgelocal.formats.packed`). Pillo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ __all__ = [
     "Split",
     "batches",
     "has_split",
+    "holds_images",
     "open_dataset",
     "pipeline_bytes",
     "prepare",
@@ -100,6 +101,16 @@ def has_split(path: Path, split: Split) -> bool:
         DataError: missing or of an unknown format.
     """
     return split in _parts(path)
+
+
+def holds_images(path: Path) -> bool:
+    """Whether samples at `path` are image files, which are decoded as they are read.
+
+    Raises:
+        DataError: missing.
+    """
+    folders = _split_folders(path)
+    return any(_finder(place) is images.find for place in ([path / f for f in folders.values()] or [path]))
 
 
 def batches(n: int, batch: int, seed: int, epoch: int, shuffle: bool, start: int = 0) -> Iterator[Indices]:
@@ -190,20 +201,32 @@ def _augment_bytes(raw: int, shape: tuple[int, ...], augment: AugmentSpec | None
 
 
 def _parts(path: Path) -> Parts:
-    if not path.exists():
-        raise DataError(f"{path} does not exist; expected {_EXPECTED}")
-    names = visible(path) if path.is_dir() else []
-    folders = images.split_folders([name for name in names if name.endswith("/")])
+    folders = _split_folders(path)
     if folders:
         return {split: _whole(path / folder) for split, folder in folders.items()}
     parts = _recognise(path)
     if not parts:
+        names = visible(path) if path.is_dir() else []
         raise DataError(f"{path} is of no known format{_found(names)}; expected {_EXPECTED}")
     return parts
 
 
+def _split_folders(path: Path) -> dict[Split, str]:
+    """The folder of each split, where `path` has such."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist; expected {_EXPECTED}")
+    names = visible(path) if path.is_dir() else []
+    return images.split_folders([name for name in names if name.endswith("/")])
+
+
+def _finder(path: Path) -> Callable[[Path], Parts] | None:
+    """The format that knows what is at `path`."""
+    return next((find for find in _FINDERS if find(path)), None)
+
+
 def _recognise(path: Path) -> Parts:
-    return next((parts for find in _FINDERS if (parts := find(path))), {})
+    find = _finder(path)
+    return {} if find is None else find(path)
 
 
 def _whole(path: Path) -> Opener:

@@ -80,9 +80,17 @@ class Disk:
         """Names in `folder`, in no order."""
         return [entry.name for entry in folder.iterdir()]
 
-    def read(self, path: Path) -> bytes:
-        """All bytes of a regular file; NotRegularError for anything else."""
-        return read_regular(path)
+    def open_regular(self, path: Path) -> int:
+        """Descriptor of a regular file, to read it; NotRegularError for anything else."""
+        return open_regular(path)
+
+    def size(self, descriptor: int) -> int:
+        """Bytes of the file."""
+        return os.fstat(descriptor).st_size
+
+    def read_at(self, descriptor: int, offset: int, size: int) -> bytes:
+        """`size` bytes of the file from `offset` on; may be fewer, none only at its end."""
+        return os.pread(descriptor, size, offset)
 
     def free_bytes(self, folder: Path) -> int:
         """Bytes this user may still write below `folder`."""

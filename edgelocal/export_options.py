@@ -91,8 +91,8 @@ _OPTIONS = (
     ),
     _option(
         "--memory-budget",
-        help="Bytes the process on the device may hold, such as 256MiB: choose the blocks that fit with the least "
-        "compute.",
+        help="Bytes the process on the device may hold, such as 256MiB: choose blocks that fit, with as little "
+        "auxiliary depth given up as can be, then with the least compute.",
     ),
     _option(
         "--weights", type=click.Path(path_type=Path), help="Start from a .safetensors or .pt file (read weights-only)."

@@ -6,10 +6,12 @@ from typing import Any
 
 from rich.table import Table
 
+from edgelocal.advice import advice_on
 from edgelocal.budget import format_size
 from edgelocal.needs import tensor_bytes
 from edgelocal.progress import count_parameters
-from edgelocal.spec import BlockSpec, Manifest
+from edgelocal.report.words import NONE, ratio, short_count
+from edgelocal.spec import BlockSpec, FrontierSpec, MacsSpec, Manifest
 
 
 def describe_bundle(manifest: Manifest) -> dict[str, Any]:
@@ -55,12 +57,14 @@ def bundle_table(info: dict[str, Any]) -> Table:
     """The blocks of `describe_bundle` as a table."""
     rule = info["rule"]
     table = Table(title=f"{info['network']}: {info['units']} units, rule {rule['name']}", title_justify="left")
+    table.caption_justify = "left"
+    table.caption = "MACs of training a sample; again: those of them done a second time, to need less memory"
     table.add_column("block")
     table.add_column("units", overflow="fold")
-    for name in ("output", "parameters", "auxiliary", "state"):
+    for name in ("output", "params", "aux", "state", "MACs", "again"):
         table.add_column(name, justify="right")
     for block in info["blocks"]:
-        units = block["units"]
+        units, macs = block["units"], block["macs"]
         table.add_row(
             block["name"],
             ", ".join(units) if len(units) < 4 else f"{units[0]} ... {units[-1]} ({len(units)})",
@@ -68,54 +72,39 @@ def bundle_table(info: dict[str, Any]) -> Table:
             f"{block['parameters']['network']:,}",
             f"{block['parameters']['auxiliary']:,}",
             format_size(block["state_bytes"]),
+            NONE if macs is None else short_count(MacsSpec(**macs).step),
+            NONE if macs is None else short_count(macs["recomputed"]),
         )
     return table
 
 
-_NAMES = {
-    "bp": "back-propagation, one block",
-    "checkpointing": "back-propagation, checkpointed (estimate)",
-    "per-unit": "a block for every unit",
-    "linear": "linear classifiers, a block for every unit",
-}
+_NAMES = {"bp": "bp", "checkpointing": "bp, checkpointed", "per-unit": "per unit", "linear": "linear"}
 
 
 def frontier_table(info: dict[str, Any]) -> tuple[Table | str, ...]:
-    """Memory against compute: partitions, the chosen one marked, and what they are compared with; nothing for a bundle
-    that was exported without a budget."""
-    points = info["frontier"]
+    """Memory against compute: partitions, the chosen one marked, and what they are compared with, in 80 columns; then
+    where back-propagation would be the better choice. Nothing for a bundle that says nothing of it."""
+    points = [FrontierSpec(**point) for point in info["frontier"] or ()]
     if not points:
         return ()
-    plain = next(p for p in points if p["kind"] == "bp")
-    table = Table(title=f"memory against compute, batch {info['batch']}", title_justify="left")
-    for name in ("", "blocks", "working set", "of back-propagation", "training MACs a sample", "of back-propagation"):
-        table.add_column(name, justify="left" if not name else "right")
-    for point in sorted(points, key=lambda p: p["working_set_bytes"]):
-        name = _NAMES.get(point["kind"], "-> chosen" if point["chosen"] else "partition")
-        size, macs = point["working_set_bytes"], point["training_macs"]
+    plain = next(((p.working_set_bytes, p.training_macs) for p in points if p.kind == "bp"), (None, None))
+    title = f"memory against compute, batch {points[0].batch}; MACs of training a sample"
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for name in ("", "blocks", "working set", "of bp", "MACs", "of bp"):
+        table.add_column(name, justify="right" if name else "left")
+    for point in sorted(points, key=lambda p: p.working_set_bytes):
         table.add_row(
-            name,
-            str(point["blocks"]),
-            format_size(size),
-            f"{size / plain['working_set_bytes']:.2f}",
-            f"{macs / 1e6:,.1f} M",
-            f"{macs / plain['training_macs']:.2f}",
+            _name(point),
+            str(point.blocks),
+            format_size(point.working_set_bytes),
+            ratio(point.working_set_bytes, plain[0]),
+            short_count(point.training_macs),
+            ratio(point.training_macs, plain[1]),
         )
-    return table, _advice(points)
+    advice = advice_on(points)
+    return (table, advice) if advice else (table,)
 
 
-def _advice(points: list[dict[str, Any]]) -> str:
-    """Where checkpointed back-propagation is the better choice, said plainly."""
-    chosen = next(p for p in points if p["chosen"])
-    kept = next(p for p in points if p["kind"] == "checkpointing")
-    if kept["working_set_bytes"] <= chosen["working_set_bytes"] and kept["training_macs"] <= chosen["training_macs"]:
-        return (
-            "checkpointed back-propagation would need no more memory and less compute than the chosen partition, and "
-            "learns as plain back-propagation does: on a device that runs PyTorch it is the better choice here"
-        )
-    if kept["training_macs"] < chosen["training_macs"]:
-        return (
-            "checkpointed back-propagation would need less compute, but "
-            f"{kept['working_set_bytes'] / chosen['working_set_bytes']:.1f} times the memory of the chosen partition"
-        )
-    return "the chosen partition needs less compute than checkpointed back-propagation"
+def _name(point: FrontierSpec) -> str:
+    name = _NAMES.get(point.kind, "-> chosen" if point.chosen else "partition")
+    return f"{name} (estimate)" if point.estimated else name

@@ -10,7 +10,7 @@ which the whole process fits, and the smallest budget is the least that any of t
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -22,6 +22,8 @@ from edgelocal.needs import BlockNeeds, Way, loaded_bytes
 from edgelocal.spec import ArenaBytes, GraphSpec
 
 RUNTIME_BYTES = 11 << 19  # code and tables of the runtime that its first steps touch (measured, docs/promises.md)
+
+ALL_TRIED = 512  # batches up to this are all tried for the largest that fits
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,21 @@ class Network:
 
     def largest_batch(self, budget: int) -> int:
         """The largest smaller batch that fits, 0 if none does. What fits is not always less than what does not (the
-        arena's table has exact entries and others), so that all are tried."""
-        smaller = (replace(self, batch=n, most=min(self.most, n)) for n in range(self.batch - 1, 0, -1))
-        return next((network.batch for network in smaller if network.fits(budget)), 0)
+        arena's table has exact entries and others), so that all are tried up to `ALL_TRIED`. Of larger batches some
+        are, ever smaller ones until one fits, and then between it and the one before: one more sample than the answer
+        does not fit, but a larger batch still may."""
+        above = self.batch
+        while above - 1 > ALL_TRIED:
+            n = max(ALL_TRIED + 1, above * 4 // 5)
+            if self._smaller(n).fits(budget):
+                between = range(n + 1, above)
+                return n + bisect_left(between, True, key=lambda m: not self._smaller(m).fits(budget))
+            above = n
+        return next((n for n in range(above - 1, 0, -1) if self._smaller(n).fits(budget)), 0)
+
+    def _smaller(self, batch: int) -> Network:
+        """The same with a smaller batch."""
+        return replace(self, batch=batch, most=min(self.most, batch))
 
     @property
     def _held(self) -> int:

@@ -23,13 +23,13 @@ up more. The sums are in peaks.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from edgelocal.budget import format_size
 from edgelocal.errors import BudgetError
 from edgelocal.needs import block_needs
-from edgelocal.peaks import RUNTIME_BYTES, Network, Pipeline, PipelineBytes
+from edgelocal.peaks import ALL_TRIED, RUNTIME_BYTES, Network, Pipeline, PipelineBytes
 from edgelocal.spec import ARENA_TABLE, Manifest, table_bytes
 
 __all__ = [
@@ -41,7 +41,10 @@ __all__ = [
     "has_model",
     "make_plan",
     "make_thresholds",
+    "steady_idle",
 ]
+
+_IDLE_STEP, _IDLE_SLACK = 1 << 20, 128 << 10  # equal processes differ by 4 to 120 KiB
 
 KINDS = (
     *("parameters", "optimizer", "buffers", "gradients", "activations", "workspace"),
@@ -88,16 +91,6 @@ class Plan:
         if self.budget_bytes is None:
             return None
         return self.region_bytes + (self.budget_bytes - self.peak_bytes) * ARENA_TABLE // (ARENA_TABLE + 1)
-
-    def halved(self) -> Plan | None:
-        """The plan with every micro-batch halved; None where all are single samples."""
-        if all(block.micro_batch == 1 for block in self.blocks):
-            return None
-        blocks = []
-        for block in self.blocks:
-            micro = -(-block.micro_batch // 2)
-            blocks.append(replace(block, micro_batch=micro, accumulation=-(-self.batch // micro)))
-        return replace(self, blocks=tuple(blocks))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -150,12 +143,14 @@ def make_plan(
     budget_bytes: int | None,
     validates: bool,
     micro_batch: int | None = None,
+    wanted: Sequence[int] | None = None,
     threads: int = 1,
 ) -> Plan:
-    """The plan that gives up least.
+    """The plan that gives up least; where `wanted` fits, the one of those with these micro-batches.
 
     Args:
         micro_batch: an upper bound for all blocks.
+        wanted: a micro-batch for each block, lowered to what the bound and the batch allow.
         validates: whether the run also passes samples through the whole network.
         threads: of each loaded graph.
 
@@ -163,11 +158,20 @@ def make_plan(
         BudgetError: no plan fits; the message names the block, what it needs and the smallest budget that would do.
     """
     network = _network(manifest, batch, schedule, idle_bytes, pipeline, validates, micro_batch, threads)
-    plan = _least_given_up(network, budget_bytes)
+    plan = None
+    if wanted is not None and len(wanted) == len(network.needs):
+        plan = _with_micro(network, [min(size, network.most) for size in wanted], budget_bytes)
+    plan = plan or _least_given_up(network, budget_bytes)
     if plan is None:
         assert budget_bytes is not None, "without a budget everything is kept"
         raise BudgetError(_refusal(network, budget_bytes))
     return plan
+
+
+def steady_idle(measured_bytes: int) -> int:
+    """What counts as the idle process of `measured_bytes`: whole MiB, at least 128 KiB more than was measured. So plans
+    and thresholds are the same in every start, but where the noise lies just at a step."""
+    return -(-(measured_bytes + _IDLE_SLACK) // _IDLE_STEP) * _IDLE_STEP
 
 
 def make_thresholds(
@@ -224,6 +228,12 @@ def _least_given_up(network: Network, budget: int | None) -> Plan | None:
     fitting = (choice for choice in network.choices() if network.idle + choice.total <= (budget or 0))
     choice = next(fitting, None)
     return None if choice is None else _plan(network, choice.micro, _NOTHING, budget)
+
+
+def _with_micro(network: Network, micro: Sequence[int], budget: int | None) -> Plan | None:
+    """The best plan that fits with these micro-batches, None where none does."""
+    plans = (_plan(network, micro, mode, budget) for mode in (_ALL, _STATES, _NOTHING))
+    return next((plan for plan in plans if budget is None or plan.peak_bytes <= budget), None)
 
 
 def _plan(network: Network, micro: Sequence[int], mode: _Mode, budget: int | None) -> Plan:
@@ -295,7 +305,9 @@ def _refusal(network: Network, budget: int) -> str:
     if plan.peak_bytes > need:
         apart += f", and {format_size(plan.peak_bytes - need)} more to make a batch or pass it through the network"
     fitting = network.largest_batch(budget)
-    advice = f"the largest --batch that fits is {fitting}" if fitting else "not even a batch of one sample fits"
+    # Of very large batches not all were tried.
+    which = "the largest" if network.batch - 1 <= ALL_TRIED else "a"
+    advice = f"{which} --batch that fits is {fitting}" if fitting else "not even a batch of one sample fits"
     at_once = "the whole batch" if worst.accumulation == 1 else f"{worst.micro_batch} of {network.batch} samples"
     return (
         f"block {worst.name} needs {format_size(need)} with {at_once} at a time ({apart}), the budget is "

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from edgelocal.budget import format_size, parse_budget, rss_bytes
-from edgelocal.bundle import MANIFEST, Bundle, open_bundle
+from edgelocal.bundle import MANIFEST, Bundle, open_bundle, verify
 from edgelocal.cache import cache_precision
 from edgelocal.data import pipeline_bytes
 from edgelocal.device import describe
 from edgelocal.errors import BundleError
 from edgelocal.formats.base import Labels
 from edgelocal.needs import tensor_bytes
-from edgelocal.plan import PipelineBytes, Plan, Thresholds, has_model, make_plan, make_thresholds
+from edgelocal.plan import PipelineBytes, Plan, Thresholds, has_model, make_plan, make_thresholds, steady_idle
 from edgelocal.profiles import Profile, find_profile, idle_process_bytes
 from edgelocal.session import give_back, start
 from edgelocal.spec import AugmentSpec, BlockSpec, Manifest, TaskSpec
@@ -87,7 +87,7 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
 
     Raises:
         UsageError: no such profile, or the budget is not one.
-        BundleError: the bundle says nothing of its memory.
+        BundleError: the bundle says nothing of its memory; or it is damaged, and there is no profile.
         BudgetError: no plan fits.
     """
     profile = find_profile(request.profile) if request.profile is not None else None
@@ -214,8 +214,9 @@ def _idle_bytes(bundle: Bundle, profile: Profile | None) -> int:
     for name in TRAINING_MODULES:
         import_module(f"edgelocal.{name}")
     start()
+    verify(bundle)  # as `train` does: a process that has read large files once is larger
     give_back()
-    return rss_bytes()
+    return steady_idle(rss_bytes())
 
 
 def _state_bytes(spec: BlockSpec) -> int:

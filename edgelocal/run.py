@@ -8,6 +8,7 @@ report.json    what was reached and measured; written at the end
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from edgelocal.errors import CheckpointError, DivergedError, UsageError
 from edgelocal.graphs import GraphPool
 from edgelocal.plan import Plan
 from edgelocal.run_info import RUN, RunInfo, read_run
+from edgelocal.spec import BlockSpec
 from edgelocal.state import encode_state
 from edgelocal.store import CheckpointStore, Loaded, atomic_write
 from edgelocal.tensors import Array
@@ -44,7 +46,8 @@ def load_blocks(
 ) -> list[Block]:
     """The blocks of a bundle with their initial state, or with that of a checkpoint.
 
-    What the plan does not keep in memory waits in `page_folder`.
+    What the plan does not keep in memory waits in `page_folder`. Tensors that are read when asked for are asked for
+    one at a time, and none is kept but in its block.
 
     Raises:
         CheckpointError: the tensors are not the state of these blocks.
@@ -54,12 +57,27 @@ def load_blocks(
     graphs = GraphPool(bundle, threads, plan.graphs_bytes if plan else None)
     blocks = []
     for index, spec in enumerate(bundle.manifest.blocks):
-        state = None
-        if tensors is not None:
-            state = {t.name: tensors[f"{spec.name}:{t.name}"] for t in spec.state()}
+        state = None if tensors is None else _BlockState(spec, tensors)
         paged = plan is not None and not plan.blocks[index].resident
         blocks.append(Block(bundle, index, graphs, state, page_folder if paged else None))
     return blocks
+
+
+class _BlockState(Mapping[str, Array]):
+    """Of the states of all blocks, that of one, by the names of its graphs' inputs."""
+
+    def __init__(self, spec: BlockSpec, tensors: Mapping[str, Array]) -> None:
+        self._places = {t.name: f"{spec.name}:{t.name}" for t in spec.state()}
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Array:
+        return self._tensors[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @dataclass(frozen=True)
@@ -94,10 +112,11 @@ def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None) 
     loaded = CheckpointStore(folder, writable=False).load(info.fingerprint)
     if loaded is None:
         raise CheckpointError(f"{folder} has no checkpoint yet; wait for the first, or train again")
-    progress = read_progress(loaded.state)
-    check_progress(progress, bundle.manifest, info.config)
-    notes = _unfinished(info.config, progress.position, len(bundle.manifest.blocks))
-    return Trained(info, bundle, load_blocks(bundle, threads, loaded.state.tensors), notes)
+    with loaded:
+        progress = read_progress(loaded.state)
+        check_progress(progress, bundle.manifest, info.config)
+        notes = _unfinished(info.config, progress.position, len(bundle.manifest.blocks))
+        return Trained(info, bundle, load_blocks(bundle, threads, loaded.state.tensors), notes)
 
 
 def _unfinished(config: TrainConfig, position: Position, blocks: int) -> tuple[str, ...]:
@@ -122,14 +141,18 @@ class RunFolder:
         self._last_steps = -1
         self._metrics: list[dict[str, Any]] = []
 
-    def resume(self) -> Loaded | None:
-        """The newest whole checkpoint; also restores the metrics it was committed with."""
+    @contextlib.contextmanager
+    def resume(self) -> Iterator[Loaded | None]:
+        """The newest whole checkpoint, open inside of `with`; also restores the metrics it was committed with."""
         loaded = self.store.load(self.info.fingerprint)
-        if loaded is not None:
+        if loaded is None:
+            yield None
+            return
+        with loaded:
             self._last_steps = read_progress(loaded.state).position.steps
             self._metrics = list(loaded.state.progress["metrics"])
             self._write_metrics()
-        return loaded
+            yield loaded
 
     def start(self) -> None:
         """Write run.json."""

@@ -112,5 +112,7 @@ def _parse_run(data: bytes) -> RunInfo:
     config = info.config
     expect(config.epochs >= 1 and config.batch >= 1, "config", "positive epochs and batch", config)
     expect(config.schedule in TRAINING_SCHEDULES, "config.schedule", f"one of {TRAINING_SCHEDULES}", config.schedule)
+    for size in info.micro_batches or ():
+        expect(size >= 1, "micro_batches", "positive integers", size)
     expect(info.threads is None or info.threads >= 1, "threads", "a positive integer", info.threads)
     return info

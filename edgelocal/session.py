@@ -33,6 +33,7 @@ from edgelocal.tensors import Array
 
 GRAPH_LEVEL = "none"
 OLDEST_RUNTIME = (1, 17)
+OOM_ADVICE = "; use a smaller --batch or more blocks"  # ends the message where memory ran out
 TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
 
 
@@ -60,12 +61,15 @@ def runtime() -> ModuleType:
 
     Raises:
         RuntimeMissingError: none is installed, or one older than 1.17; the message says what to type here.
+        OverBudgetError: no memory to import it.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # 1.17 warns of newer interpreters when imported
             import onnxruntime
     except ImportError as error:
+        if _is_out_of_memory(error):
+            raise OverBudgetError(f"no memory to import ONNX Runtime ({error}){OOM_ADVICE}") from None
         raise RuntimeMissingError(f"no ONNX Runtime can be imported ({error}): {advice(describe())}") from None
     version: str = onnxruntime.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_RUNTIME:
@@ -161,8 +165,12 @@ def _run_tiny(*, shared: bool) -> None:
     session.run_with_iobinding(binding, _releasing())
 
 
-def _empty_arena() -> None:
-    """Give the arena's memory back, by way of a run that needs next to nothing of it."""
+def empty_arena() -> None:
+    """Give the arena's memory back, by way of a run that needs next to nothing of it.
+
+    Raises:
+        OverBudgetError: not even that little can be had.
+    """
     try:
         _run_tiny(shared=True)
     except Exception as error:
@@ -219,7 +227,7 @@ class Tensor:
         try:
             return cls(np.empty(shape, dtype=dtype))
         except MemoryError as error:
-            raise OverBudgetError(f"out of memory ({error}); use a smaller --batch or more blocks") from None
+            raise OverBudgetError(f"out of memory ({error}){OOM_ADVICE}") from None
 
     @property
     def batch(self) -> int:
@@ -254,7 +262,10 @@ class Graph:
         reserve(_UNPLANNED)
         ort = runtime()
         try:
-            self._session = ort.InferenceSession(model, _options(threads), providers=["CPUExecutionProvider"])
+            # No fallback: it prints to stdout and tries the same once more.
+            self._session = ort.InferenceSession(
+                model, _options(threads), providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:
             raise _translated(error, f"{spec.file} cannot be loaded") from error
         self._check_signature()
@@ -278,7 +289,7 @@ class Graph:
         except Exception as error:
             translated = _translated(error, f"{self.spec.file} cannot be run")
             if isinstance(translated, OverBudgetError):
-                _empty_arena()  # a run that fails does not give it back itself
+                empty_arena()  # a run that fails does not give it back itself
             raise translated from error
 
     def _check_signature(self) -> None:
@@ -305,6 +316,12 @@ def _fits(argument: Any, tensor: TensorSpec) -> bool:
 
 def _translated(error: Exception, what: str) -> EdgelocalError:
     text = " ".join(str(error).split())
-    if "allocate memory" in text or "bad_alloc" in text or "smaller than requested" in text:
-        return OverBudgetError(f"{what}: out of memory ({text[:200]}); use a smaller --batch or more blocks")
+    if _is_out_of_memory(error):
+        return OverBudgetError(f"{what}: out of memory ({text[:200]}){OOM_ADVICE}")
     return BundleError(f"{what}: {text[:500]}; export the bundle again")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """By what the runtime and the system's loader say."""
+    signs = ("allocate memory", "bad_alloc", "smaller than requested")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

@@ -176,6 +176,11 @@ class MacsSpec:
     training_auxiliary: int
     recomputed: int = 0
 
+    @property
+    def step(self) -> int:
+        """All of a training step, for one sample."""
+        return self.training + self.training_auxiliary + self.recomputed
+
 
 @dataclass(frozen=True)
 class AccumulationSpec:
@@ -299,14 +304,18 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class FrontierSpec:
-    """A way to train the network: bytes of the largest block's working set at the default batch, and training MACs of
-    a sample. `kind` is "partition", or what it is compared with: "bp", "checkpointing", "per-unit", "linear"."""
+    """A way to train the network: bytes of the largest block's working set with batches of `batch` samples, and MACs of
+    training a sample, what is done a second time included. `kind` is "partition", or what it is compared with: "bp",
+    "checkpointing", "per-unit", "linear". The MACs are counted; with `estimated` the working set is a guess, else it is
+    the prediction of a memory model."""
 
     kind: str
     blocks: int
     working_set_bytes: int
     training_macs: int
     chosen: bool
+    batch: int
+    estimated: bool
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ damage is told from a newer version before anything inside is believed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,14 @@ import numpy as np
 
 from edgelocal.decode import unique
 from edgelocal.errors import CheckpointError, DivergedError
-from edgelocal.tensors import Array, Chunks, TensorFormatError, decode, encode
+from edgelocal.tensors import Array, Chunks, Read, TensorFormatError, encode, parse, reader
 
 FORMAT = "edgelocal-checkpoint"
 VERSION = 1
 MAGIC = b"ELCKPT\r\n"
-SEAL_BYTES = len(MAGIC) + hashlib.sha256().digest_size
+_DIGEST_BYTES = hashlib.sha256().digest_size
+SEAL_BYTES = len(MAGIC) + _DIGEST_BYTES
+PIECE_BYTES = 1 << 20  # of a checkpoint that is hashed
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -38,7 +41,8 @@ class TrainingState:
     """Where training stands.
 
     `progress` holds JSON values with string keys (epoch, step, random state, ...), `tensors` parameters, optimizer
-    slots and buffers by name. Decoded tensors are read-only views of the bytes they came from.
+    slots and buffers by name. Tensors that were read are read-only: views of bytes in memory, or read from the file
+    each time they are asked for.
     """
 
     progress: dict[str, Any]
@@ -54,8 +58,8 @@ def encode_state(state: TrainingState, fingerprint: str) -> Chunks:
     Raises:
         DivergedError: a tensor or a number in `progress` is not finite; such a state is never written.
     """
-    for name, tensor in state.tensors.items():
-        if not _is_finite(tensor):
+    for name in state.tensors:
+        if not _is_finite(state.tensors[name]):
             raise DivergedError(
                 f"tensor {name!r} holds a value that is not finite, so this state is not saved: "
                 "training diverged; resume from the last checkpoint with a lower learning rate"
@@ -68,24 +72,28 @@ def encode_state(state: TrainingState, fingerprint: str) -> Chunks:
     }
     chunks = encode(state.tensors, metadata).followed_by(MAGIC)
     digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
+    for index in range(len(chunks)):  # by index, so that no name holds a chunk while the next is made
+        digest.update(chunks[index])
     return chunks.followed_by(digest.digest())
 
 
 def decode_state(data: bytes | memoryview, fingerprint: str) -> TrainingState:
-    """The bytes of a checkpoint -> TrainingState, with tensors as read-only views of `data`.
+    """The bytes of a checkpoint -> TrainingState, with tensors as read-only views of `data`; errors as `read_state`."""
+    return read_state(*reader(data), fingerprint)
+
+
+def read_state(read: Read, nbytes: int, fingerprint: str) -> TrainingState:
+    """A checkpoint of `nbytes` bytes -> TrainingState, whose tensors call `read` when they are asked for.
+
+    It is read through twice, in pieces and tensor by tensor. Peak memory: the largest tensor.
 
     Raises:
         DamagedCheckpointError: cut short, or a bit is not as written.
         CheckpointError: whole, but of a newer format, with another fingerprint than `fingerprint`, or not finite.
     """
-    try:
-        tensors, metadata = decode(_unseal(memoryview(data)))
-    except TensorFormatError as error:
-        raise CheckpointError(
-            f"the checkpoint is sealed but malformed ({error}): it was not written by edgelocal"
-        ) from None
+    payload = _unseal(read, nbytes)
+    with _well_formed():
+        tensors, metadata = parse(read, payload)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"this is not an edgelocal checkpoint: format {metadata.get('format')!r}, not {FORMAT!r}")
     _check_version(metadata.get("version", ""))
@@ -96,22 +104,36 @@ def decode_state(data: bytes | memoryview, fingerprint: str) -> TrainingState:
             f"{fingerprint!r}; resume with the bundle and options it was written with, "
             "or start anew with --resume never and a new --out folder"
         )
-    for name, tensor in tensors.items():
-        if not _is_finite(tensor):
-            raise CheckpointError(f"tensor {name[:64]!r} of the checkpoint holds a value that is not finite")
+    with _well_formed():
+        for name in tensors:
+            if not _is_finite(tensors[name]):
+                raise CheckpointError(f"tensor {name[:64]!r} of the checkpoint holds a value that is not finite")
     return TrainingState(_parse_progress(metadata.get("progress", "")), tensors)
 
 
-def _unseal(data: memoryview) -> memoryview:
-    """The payload, once the seal shows that it is what was written."""
-    if data.nbytes < SEAL_BYTES:
-        raise DamagedCheckpointError(f"the checkpoint has {data.nbytes} bytes, fewer than its {SEAL_BYTES}-byte seal")
-    sealed, digest = data[:-32], data[-32:]
-    if sealed[-len(MAGIC) :] != MAGIC:
+@contextlib.contextmanager
+def _well_formed() -> Iterator[None]:
+    try:
+        yield
+    except TensorFormatError as error:
+        raise CheckpointError(
+            f"the checkpoint is sealed but malformed ({error}): it was not written by edgelocal"
+        ) from None
+
+
+def _unseal(read: Read, nbytes: int) -> int:
+    """Bytes of the payload, once the seal shows that it is what was written."""
+    if nbytes < SEAL_BYTES:
+        raise DamagedCheckpointError(f"the checkpoint has {nbytes} bytes, fewer than its {SEAL_BYTES}-byte seal")
+    payload, sealed = nbytes - SEAL_BYTES, nbytes - _DIGEST_BYTES
+    if read(payload, sealed) != MAGIC:
         raise DamagedCheckpointError("the checkpoint does not end in its seal: it is cut short, extended or damaged")
-    if hashlib.sha256(sealed).digest() != digest:
+    digest = hashlib.sha256()
+    for begin in range(0, sealed, PIECE_BYTES):
+        digest.update(read(begin, min(begin + PIECE_BYTES, sealed)))
+    if digest.digest() != read(sealed, nbytes):
         raise DamagedCheckpointError("the sha256 of the checkpoint does not match its seal: it is damaged")
-    return sealed[: -len(MAGIC)]
+    return payload
 
 
 def _check_version(text: str) -> None:

@@ -12,13 +12,15 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
-from edgelocal.disk import DISK, Disk, NotRegularError, reason, storage_error, storage_errors
+from edgelocal.disk import DISK, Disk, reason, storage_error, storage_errors
 from edgelocal.errors import CheckpointError, UsageError
-from edgelocal.state import DamagedCheckpointError, TrainingState, decode_state
+from edgelocal.state import DamagedCheckpointError, TrainingState, read_state
+from edgelocal.state_file import StateFile
 from edgelocal.tensors import Chunks
 
 KEPT_GENERATIONS = 2
@@ -54,11 +56,30 @@ def atomic_write(path: Path, chunks: Iterable[bytes | memoryview], disk: Disk = 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint that was read; `skipped` lists newer generations that are damaged, each with the reason."""
+    """A checkpoint that was checked; its tensors are read when asked for, inside of `with` only.
+
+    `skipped` lists newer generations that are damaged, each with the reason. Leaving the `with` closes the file.
+
+    Raises:
+        CheckpointError: inside of `with`, by a tensor that is asked for: its bytes are not those that were checked.
+    """
 
     state: TrainingState
     path: Path
     skipped: tuple[tuple[Path, str], ...]
+    file: StateFile
+
+    def __enter__(self) -> Loaded:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        if isinstance(error, DamagedCheckpointError):
+            raise CheckpointError(
+                f"{self.path}: {error}; it was whole when it was checked: check the medium, then start again"
+            ) from error
 
 
 class CheckpointStore:
@@ -95,7 +116,9 @@ class CheckpointStore:
         return path
 
     def load(self, fingerprint: str) -> Loaded | None:
-        """The newest generation that is whole, or None when none was ever committed.
+        """The newest generation that is whole, or None when none was ever committed; to be used with `with`.
+
+        Peak memory: the largest tensor.
 
         Raises:
             CheckpointError: `generations` fails, every generation is damaged, or the newest whole one has another
@@ -104,7 +127,7 @@ class CheckpointStore:
         skipped: list[tuple[Path, str]] = []
         for path in self.generations():
             try:
-                return Loaded(decode_state(self._read(path), fingerprint), path, tuple(skipped))
+                return self._open(path, fingerprint, tuple(skipped))
             except DamagedCheckpointError as error:
                 skipped.append((path, str(error)))
                 self._damaged.add(path)
@@ -133,17 +156,13 @@ class CheckpointStore:
                 f"{self.folder} cannot be listed: {reason(error)}; check permissions, or restore it from a copy"
             ) from error
 
-    def _read(self, path: Path) -> bytes:
-        try:
-            return self._disk.read(path)
-        except NotRegularError as error:
-            raise DamagedCheckpointError(reason(error)) from error
-        except MemoryError:  # its size is no checkpoint's of this machine
-            raise DamagedCheckpointError("it is larger than the memory") from None
-        except OSError as error:
-            if error.errno == errno.EIO:  # a medium that cannot give the bytes back has damaged them
-                raise DamagedCheckpointError(f"the medium cannot read it: {reason(error)}") from error
-            raise CheckpointError(f"cannot be read: {reason(error)}; check permissions, then start again") from error
+    def _open(self, path: Path, fingerprint: str, skipped: tuple[tuple[Path, str], ...]) -> Loaded:
+        with contextlib.ExitStack() as failing:
+            file = StateFile(path, self._disk)
+            failing.callback(file.close)
+            state = read_state(file.read, file.nbytes, fingerprint)
+            failing.pop_all()
+        return Loaded(state, path, skipped, file)
 
     def _generations(self) -> list[Path]:
         names = self._disk.names(self.folder)
@@ -246,19 +265,23 @@ def make_folders(folder: Path, disk: Disk = DISK) -> None:
             _sync(path.parent, disk)
 
 
-def _write_file(path: Path, chunks: Iterable[bytes | memoryview], disk: Disk) -> None:
+def _write_file(path: Path, chunks: Sequence[bytes | memoryview], disk: Disk) -> None:
     descriptor = disk.create(path)
     try:
-        for chunk in chunks:
-            view = memoryview(chunk).cast("B") if len(chunk) else memoryview(b"")
-            while view.nbytes:
-                taken = disk.write(descriptor, view)
-                if taken <= 0:
-                    raise OSError(errno.EIO, "the system took no bytes")
-                view = view[taken:]
+        for index in range(len(chunks)):  # by index, so that no name holds a chunk while the next is made
+            _write_all(descriptor, chunks[index], disk)
         disk.sync(descriptor)
     finally:
         disk.close(descriptor)
+
+
+def _write_all(descriptor: int, chunk: bytes | memoryview, disk: Disk) -> None:
+    view = memoryview(chunk).cast("B") if len(chunk) else memoryview(b"")
+    while view.nbytes:
+        taken = disk.write(descriptor, view)
+        if taken <= 0:
+            raise OSError(errno.EIO, "the system took no bytes")
+        view = view[taken:]
 
 
 def _sync(path: Path, disk: Disk) -> None:

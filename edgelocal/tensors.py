@@ -5,7 +5,8 @@
     data      the tensors, little-endian, C order, without gap or overlap; offsets count from the start of the data
 
 Writing orders tensors by element size (largest first) and pads the header to 8 bytes, so every tensor is aligned.
-Neither direction copies tensor data: beyond its argument the peak is the header and what parsing it takes.
+Neither direction copies tensor data that is in memory: beyond its argument the peak is the header and what parsing it
+takes. Tensors that are made or read when asked for are in memory one at a time.
 The reader is strict, because a reader that guesses turns damage into other weights.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias, overload
 
@@ -27,6 +28,7 @@ MAX_TENSOR_BYTES = (1 << 63) - 1
 METADATA_KEY = "__metadata__"
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Read: TypeAlias = Callable[[int, int], memoryview]  # bytes begin .. end - 1 of a file, read-only
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -91,14 +93,13 @@ def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = No
     """
     if len(tensors) > MAX_TENSORS:
         raise TensorFormatError(f"{len(tensors)} tensors, at most {MAX_TENSORS} can be written to one file")
-    widths = {name: array.dtype.itemsize for name, array in tensors.items()}
+    widths = {name: tensors[name].dtype.itemsize for name in tensors}
     names = sorted(widths, key=lambda name: (-widths[name], name))
     header: dict[str, Any] = {METADATA_KEY: _check_metadata(dict(metadata))} if metadata else {}
     begin = 0
     for name in names:
-        array = tensors[name]
-        header[name] = _describe(name, array, begin)
-        begin += array.nbytes
+        header[name] = _describe(name, tensors[name], begin)
+        begin = header[name]["data_offsets"][1]
     head = _head(header)
     return Chunks(head, tensors, names, len(head) + begin)
 
@@ -109,18 +110,52 @@ def decode(data: bytes | memoryview) -> tuple[dict[str, Array], dict[str, str]]:
     Raises:
         TensorFormatError: the bytes break any rule of the format; the message says which, and where.
     """
+    tensors, metadata = parse(*reader(data))
+    return dict(tensors), metadata
+
+
+def reader(data: bytes | memoryview) -> tuple[Read, int]:
+    """Bytes in memory as `parse` takes them: how to read them, without a copy, and how many there are."""
     view = memoryview(data).toreadonly()
-    if view.nbytes < 8:
-        raise TensorFormatError(f"the file has {view.nbytes} bytes, expected at least 8 for the length of its header")
-    view = view.cast("B")
-    start = 8 + _header_length(view)
-    header = _parse_header(bytes(view[8:start]))
+    view = view.cast("B") if view.nbytes else memoryview(b"")
+    return lambda begin, end: view[begin:end], view.nbytes
+
+
+def parse(read: Read, nbytes: int) -> tuple[Tensors, dict[str, str]]:
+    """A file of `nbytes` bytes -> (tensors, metadata); of the file no more than its header is read.
+
+    Raises:
+        TensorFormatError: its header breaks any rule of the format; the message says which, and where.
+    """
+    if nbytes < 8:
+        raise TensorFormatError(f"the file has {nbytes} bytes, expected at least 8 for the length of its header")
+    start = 8 + _header_length(bytes(read(0, 8)), nbytes - 8)
+    header = _parse_header(bytes(read(8, start)))
     metadata = _check_metadata(header.pop(METADATA_KEY, {}))
     if len(header) > MAX_TENSORS:
         raise TensorFormatError(f"the header lists {len(header)} tensors, the limit is {MAX_TENSORS}")
     entries = [_parse_entry(name, raw) for name, raw in header.items()]
-    _check_layout(entries, view.nbytes - start)
-    return {entry.name: _array(view[start:], entry) for entry in entries}, metadata
+    _check_layout(entries, nbytes - start)
+    return Tensors(read, start, entries), metadata
+
+
+class Tensors(Mapping[str, Array]):
+    """The tensors of a file, in the order of its header. Each is read, read-only, whenever it is asked for; asking
+    raises TensorFormatError where its bytes are no values of its dtype."""
+
+    def __init__(self, read: Read, start: int, entries: Sequence[_Entry]) -> None:
+        self._read, self._start = read, start
+        self._entries = {entry.name: entry for entry in entries}
+
+    def __getitem__(self, name: str) -> Array:
+        entry = self._entries[name]
+        return _array(self._read(self._start + entry.begin, self._start + entry.end), entry)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 @dataclass(frozen=True)
@@ -158,14 +193,12 @@ def _flat_bytes(array: Array) -> memoryview:
     return wire.reshape(-1).view(np.uint8).data
 
 
-def _header_length(view: memoryview) -> int:
-    length = int.from_bytes(view[:8], "little")
+def _header_length(field: bytes, following: int) -> int:
+    length = int.from_bytes(field, "little")
     if length > MAX_HEADER_BYTES:
         raise TensorFormatError(f"the header claims {length} bytes, the limit is {MAX_HEADER_BYTES}")
-    if length > view.nbytes - 8:
-        raise TensorFormatError(
-            f"the header claims {length} bytes, only {view.nbytes - 8} follow: the file is cut short"
-        )
+    if length > following:
+        raise TensorFormatError(f"the header claims {length} bytes, only {following} follow: the file is cut short")
     return length
 
 
@@ -266,12 +299,11 @@ def _check_layout(entries: list[_Entry], data_bytes: int) -> None:
         raise TensorFormatError(f"{data_bytes - position} bytes follow the last tensor, expected none")
 
 
-def _array(data: memoryview, entry: _Entry) -> Array:
+def _array(span: memoryview, entry: _Entry) -> Array:
     if entry.begin == entry.end:
         array: Array = np.empty(entry.shape, entry.dtype)
         array.setflags(write=False)
         return array
-    span = data[entry.begin : entry.end]
     if entry.dtype == np.bool_ and np.frombuffer(span, np.uint8).max() > 1:
         _refuse(entry.name, "holds bytes other than 0 and 1, expected booleans")
     return np.frombuffer(span, entry.dtype).reshape(entry.shape)

@@ -24,7 +24,7 @@ from edgelocal.data import batches, prepare
 from edgelocal.errors import DataError, InterruptedRunError, OverBudgetError
 from edgelocal.evaluate import evaluate
 from edgelocal.formats.base import Dataset, Indices
-from edgelocal.measures import BlockMeasures, Timeline, is_measured
+from edgelocal.measures import BETWEEN, BlockMeasures, Timeline, is_measured, is_slowed, releases
 from edgelocal.plan import Plan
 from edgelocal.schedule import learning_rate
 from edgelocal.scores import Score
@@ -103,10 +103,13 @@ class Trainer:
         self.plan = plan
         self.position = position or Position()
         self.measures = [BlockMeasures() for _ in blocks]
-        self.process_peak_bytes = 0
+        self.process_peak_bytes = 0  # of the run, as far as it is known
+        self.micro_batch_bound: int | None = None  # set where memory ran out
         self.cached_bytes = 0
         self.timeline = Timeline()
+        self._step_peak = 0  # of the last step, from where on the system's meter was not set back
         self._rounds = 0
+        self._own_peak_bytes = 0
         self.stages = stages(config.schedule, len(blocks))
         self._cache_folder = cache_folder
         self._cache: OutputCache | None = None
@@ -201,22 +204,26 @@ class Trainer:
         measures = self.measures[index]
         own = self.plan.blocks[index] if self.plan else None
         micro = own.micro_batch if own and own.accumulation > 1 else None
-        alone, release = is_measured(self._rounds), self._releases
+        release = releases(self._rounds)
         started = time.perf_counter()
         self._note_peak()  # the meter sets the peak back
         with PeakMeter() as meter:
             result = self.blocks[index].step(x, y, hyper, self.config.seed, self.position.steps, micro, release=release)
-        measures.add_time(time.perf_counter() - started)
-        if alone:
-            measures.add_memory(self._rounds, meter.peak_bytes, max(0, meter.growth_bytes - result.written_bytes))
+        measures.add_time(time.perf_counter() - started, slowed=is_slowed(self._rounds))
+        if is_measured(self._rounds):
+            arena = max(0, meter.growth_bytes - result.written_bytes) if self._only_arena_grows(index) else None
+            measures.add_memory(self._rounds, meter.peak_bytes, arena)
+        self._step_peak = meter.peak_bytes
         self.timeline.add(meter.peak_bytes, index)
         measures.score.add(samples, result.loss, result.metric)
         return result.h
 
-    @property
-    def _releases(self) -> bool:
-        """Whether runs give the arena back: around those that are measured."""
-        return is_measured(self._rounds) or is_measured(self._rounds + 1)
+    def _only_arena_grows(self, index: int) -> bool:
+        """Whether a step of the block takes nothing but the arena and what it writes: neither loads a graph, nor reads
+        the state from disk."""
+        if self._rounds == 0:
+            return False
+        return self.plan is None or (self.plan.graphs_bytes is None and self.plan.blocks[index].resident)
 
     def _input(self, indices: Indices, epoch: int) -> Tensor:
         images = self.train.read(indices)
@@ -234,7 +241,7 @@ class Trainer:
 
     def _through(self, frozen: range, x: Tensor) -> Tensor:
         for index in frozen:
-            x = self.blocks[index].forward(x, release=self._releases)
+            x = self.blocks[index].forward(x, release=releases(self._rounds))
         return x
 
     def _fill_cache(self, stage: Stage, watcher: Watcher) -> None:
@@ -283,17 +290,24 @@ class Trainer:
         return evaluate(blocks, self.validation, self.manifest, self.config.batch, exits=exits, after_batch=stop)
 
     def _note_peak(self) -> None:
-        self.process_peak_bytes = max(self.process_peak_bytes, peak_rss_bytes())
+        peak = peak_rss_bytes()
+        self._own_peak_bytes = max(self._own_peak_bytes, peak)
+        self.process_peak_bytes = max(self.process_peak_bytes, peak)
+        if peak > self._step_peak:  # what came after the step took more than it
+            self.timeline.add(peak, BETWEEN)
+            self._step_peak = peak
 
     def check_budget(self) -> None:
         """Take what the process held since the last look into its peak, and compare it with the budget.
 
+        A peak from before this trainer, of larger micro-batches or under another budget, is only reported.
+
         Raises:
-            OverBudgetError: it held more.
+            OverBudgetError: it held more. What to do is for the caller to say, who may go on with smaller parts.
         """
         self._note_peak()
-        if self.budget_bytes is not None and self.process_peak_bytes > self.budget_bytes:
+        if self.budget_bytes is not None and self._own_peak_bytes > self.budget_bytes:
             raise OverBudgetError(
-                f"the process held {format_size(self.process_peak_bytes)} at its peak, the budget is "
-                f"{format_size(self.budget_bytes)}; use a smaller --batch and a new --out, or export more blocks"
+                f"the process held {format_size(self._own_peak_bytes)} at its peak, the budget is "
+                f"{format_size(self.budget_bytes)}"
             )

@@ -6,48 +6,28 @@ import math
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgelocal.budget import format_size, parse_budget, reset_peak, rss_bytes
+from edgelocal.budget import format_size, parse_budget, rss_bytes
 from edgelocal.bundle import Bundle, open_bundle, verify
 from edgelocal.cache import cache_precision
 from edgelocal.config import TrainConfig
-from edgelocal.data import Split, has_split, open_dataset, pipeline_bytes
+from edgelocal.data import Split, has_split, holds_images, open_dataset, pipeline_bytes
 from edgelocal.device import describe
-from edgelocal.errors import BudgetError, InterruptedRunError, OverBudgetError, UsageError
+from edgelocal.errors import BudgetError, InterruptedRunError, UsageError
 from edgelocal.formats.base import Dataset
-from edgelocal.plan import PipelineBytes, Plan, has_model, make_plan
+from edgelocal.formats.images import warm_up
+from edgelocal.job import Job, TrainRequest
+from edgelocal.plan import PipelineBytes, Plan, has_model, make_plan, steady_idle
 from edgelocal.progress import Display
-from edgelocal.run import RunFolder, check_resume, check_same, load_blocks, restore
+from edgelocal.run import check_resume, check_same
 from edgelocal.run_info import RUN, RunInfo, describe_run, read_run
-from edgelocal.run_report import make_report
-from edgelocal.session import give_back, reserve, start
+from edgelocal.session import give_back, start
 from edgelocal.spec import Manifest
 from edgelocal.store import lock
-from edgelocal.trainer import Trainer
-
-CACHE = "cache"
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """What the command line asks for. None means: what the bundle, the data or the machine suggest."""
-
-    bundle: Path
-    data: Path
-    validation: Path | None
-    out: Path
-    config: TrainConfig
-    budget_bytes: int | None
-    resume: str
-    checkpoint_steps: int | None
-    checkpoint_s: float
-    threads: int | None
-    validate_every: int
-    micro_batch: int | None = None
-    on_oom: str = "stop"
 
 
 def make_request(
@@ -130,16 +110,21 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
     bundle = open_bundle(request.bundle)
     manifest = bundle.manifest
     verify(bundle)  # damage is found now, not when the block's turn comes after hours
+    if any(holds_images(path) for path in (request.data, request.validation) if path is not None):
+        warm_up()
     give_back()
-    idle = rss_bytes()
+    measured = rss_bytes()
+    idle = steady_idle(measured)
     data, validation = open_data(request.data, request.validation, manifest, request.out)
     request = replace(request, config=settled(request.config, request.out, bundle, len(data)))
     request.config.check(manifest)
-    plan = _plan(request, bundle, data, validation, idle)
-    check_resume(request.out, request.resume)  # before the lock, which makes the folder
-    micro = tuple(b.micro_batch for b in plan.blocks) if plan else None
     threads = request.threads or describe().cores
-    info = describe_run(bundle, data, request.data, request.config, request.budget_bytes, micro, threads)
+    info = describe_run(bundle, data, request.data, request.config, request.budget_bytes, None, threads)
+    wanted = _begun_with(request.out, info)
+    plan = _plan(request, bundle, data, validation, idle, wanted)
+    check_resume(request.out, request.resume)  # before the lock, which makes the folder
+    if plan is not None:
+        info = replace(info, micro_batches=tuple(b.micro_batch for b in plan.blocks))
     if stop.is_set():
         raise InterruptedRunError("stopped before the first step; nothing was written")
     with lock(request.out):
@@ -147,83 +132,9 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
         if continued:
             check_same(request.out, info)
         with data, validation or nullcontext():  # unpacks what is compressed, so damage is found now and not in epoch 1
-            job = _Job(request, display, bundle, info, data, validation, stop, idle)
+            replan = partial(_plan, request, bundle, data, validation, idle, wanted or info.micro_batches)
+            job = Job(request, display, bundle, info, data, validation, stop, measured, replan)
             return job.run(plan, continued)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A training with everything opened and the run's lock held."""
-
-    request: TrainRequest
-    display: Display
-    bundle: Bundle
-    info: RunInfo
-    data: Dataset
-    validation: Dataset | None
-    stop: threading.Event
-    idle_bytes: int
-
-    def run(self, plan: Plan | None, continued: bool) -> dict[str, Any]:
-        """Train to the end, by a smaller plan where memory runs out and the request says so."""
-        notes: list[str] = []
-        if self.validation is None:
-            notes.append("the data has no test split, so nothing is validated; give some with --val")
-        while True:
-            try:
-                return self._attempt(plan, continued, notes)
-            except OverBudgetError as error:
-                smaller = plan.halved() if plan is not None and self.request.on_oom == "replan" else None
-                if smaller is None:
-                    raise
-                notes.append(f"memory ran out ({error}); gone on from the last commit with micro-batches halved")
-                plan, continued = smaller, True
-            give_back()
-
-    def _attempt(self, plan: Plan | None, continued: bool, notes: list[str]) -> dict[str, Any]:
-        request, info = self.request, self.info
-        reset_peak()  # that of an attempt before, or of opening the data, is behind us
-        folder = RunFolder(request.out, info)
-        loaded = folder.resume() if continued else None
-        if continued:
-            notes += _resume_notes(request.out, info, loaded.skipped if loaded else ())
-        if loaded is None:
-            folder.start()
-        if plan is not None:
-            reserve(plan.region_bytes, plan.region_limit)
-        threads = request.threads or describe().cores
-        tensors = loaded.state.tensors if loaded else None
-        blocks = load_blocks(self.bundle, threads, tensors, plan, request.out / CACHE)
-        trainer = Trainer(
-            self.bundle.manifest,
-            request.config,
-            blocks,
-            self.data,
-            self.validation,
-            validate_every=request.validate_every,
-            budget_bytes=request.budget_bytes,
-            plan=plan,
-            cache_folder=request.out / CACHE,
-        )
-        if loaded is not None:
-            restore(trainer, loaded)
-        else:
-            folder.commit(trainer)
-        del loaded, tensors  # they were copied into the blocks
-        self.display.start(trainer, info, threads, notes)
-        watcher = _Watcher(folder, self.display, request, self.stop)
-        try:
-            with self.display:
-                trainer.run(watcher)
-            scores = trainer.validate(watcher, blocks, exits=True)
-            trainer.check_budget()
-        finally:
-            for block in blocks:
-                block.release()
-                block.close()
-        report = make_report(trainer, info, self.idle_bytes, scores, notes, folder.metrics)
-        folder.write_report(report)
-        return report
 
 
 def settled(config: TrainConfig, out: Path, bundle: Bundle, samples: int) -> TrainConfig:
@@ -237,8 +148,27 @@ def settled(config: TrainConfig, out: Path, bundle: Bundle, samples: int) -> Tra
     return replace(config, cache=cache_precision(bundle.manifest, samples, free) if not config.augment else "off")
 
 
-def _plan(request: TrainRequest, bundle: Bundle, data: Dataset, validation: Dataset | None, idle: int) -> Plan | None:
+def _begun_with(out: Path, info: RunInfo) -> tuple[int, ...] | None:
+    """The micro-batches that the run in `out` was begun with, where it is the one that `info` describes: the idle
+    process is a little larger in one start than in another, and a run that goes on keeps its bits nevertheless."""
+    if not (out / RUN).is_file():
+        return None
+    before = read_run(out)
+    return before.micro_batches if before.fingerprint == info.fingerprint else None
+
+
+def _plan(
+    request: TrainRequest,
+    bundle: Bundle,
+    data: Dataset,
+    validation: Dataset | None,
+    idle: int,
+    wanted: Sequence[int] | None,
+    bound: int | None = None,
+) -> Plan | None:
     """The plan of the run; for a bundle without a memory model a rough check instead.
+
+    `wanted` are micro-batches to keep if they fit, `bound` is one more upper bound for them, besides the request's.
 
     Raises:
         BudgetError: it cannot fit. Nothing was allocated or written.
@@ -263,7 +193,8 @@ def _plan(request: TrainRequest, bundle: Bundle, data: Dataset, validation: Data
         pipeline=pipeline,
         budget_bytes=request.budget_bytes,
         validates=validation is not None,
-        micro_batch=request.micro_batch,
+        micro_batch=min((m for m in (request.micro_batch, bound) if m is not None), default=None),
+        wanted=wanted,
         threads=request.threads or describe().cores,
     )
 
@@ -282,31 +213,6 @@ def open_data(path: Path, validation: Path | None, manifest: Manifest, scratch: 
     return data, None
 
 
-class _Watcher:
-    """Ties the loop to the run folder, the display and the signals."""
-
-    def __init__(self, folder: RunFolder, display: Display, request: TrainRequest, stop: threading.Event) -> None:
-        self.folder = folder
-        self.display = display
-        self.request = request
-        self.stop = stop
-
-    def step(self, trainer: Trainer) -> None:
-        self.display.step(trainer)
-        if self.folder.due(trainer, self.request.checkpoint_steps, self.request.checkpoint_s):
-            self.folder.commit(trainer)
-
-    def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        self.folder.add_metrics(record)
-        self.display.epoch(trainer, record)
-
-    def should_stop(self) -> bool:
-        return self.stop.is_set()
-
-    def commit(self, trainer: Trainer) -> None:
-        self.folder.commit(trainer)
-
-
 def _check_fit(bundle: Bundle, budget: int | None) -> None:
     """Refuse before anything is allocated what cannot fit: the idle process with the state of all blocks."""
     if budget is None:
@@ -319,15 +225,3 @@ def _check_fit(bundle: Bundle, budget: int | None) -> None:
             f"{format_size(need)} before the first step, the budget is {format_size(budget)}; raise --memory-budget, "
             "or export a smaller network or shallower auxiliaries"
         )
-
-
-def _resume_notes(folder: Path, info: RunInfo, skipped: tuple[tuple[Path, str], ...]) -> list[str]:
-    notes = [f"{path.name} is damaged ({reason}); the generation before it was used" for path, reason in skipped]
-    before = read_run(folder)
-    for key, value in info.runtime.items():
-        if before.runtime.get(key) != value:
-            was = before.runtime.get(key)
-            notes.append(f"{key} was {was} when {RUN} was written and is {value} now: bits may differ")
-    if before.micro_batches != info.micro_batches:
-        notes.append("the memory at hand is another than when the run was begun, so micro-batches are: bits may differ")
-    return notes

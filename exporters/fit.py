@@ -1,176 +1,163 @@
 """`export --memory-budget`: the partition that fits the budget with the least compute, and where it stands.
 
 The working set of a block is learned as the device will have it: its step graph is written, made lean, and its memory
-added up (parameters, new values, arena, batch, output, the loaded graph). The search (`edgelocal.exporters.search`)
-asks for few of them.
+added up by the device's own arithmetic (`edgelocal.exporters.trial`). The search (`edgelocal.exporters.search`) asks
+for few of them. What the process needs besides its largest block (data, validation, a manifest that grows with the
+number of blocks) is known only of a whole partition, so the search is repeated with less for the blocks until all fits.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 
 from edgelocal.budget import format_size
 from edgelocal.errors import BudgetError
+from edgelocal.exporters.comparison import checkpointed
 from edgelocal.exporters.macs import Counter
-from edgelocal.exporters.memory.optimise import optimise
-from edgelocal.exporters.onnx_step import step_graph
 from edgelocal.exporters.partition import per_unit
 from edgelocal.exporters.request import ExportRequest
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.search import Found, frontier, search
 from edgelocal.exporters.search_costs import make_problem
 from edgelocal.exporters.search_problem import Candidate, Problem
+from edgelocal.exporters.trial import (
+    SAMPLES,
+    arena_parts,
+    partition_point,
+    trial_block,
+    whole_batch_budget,
+    working_set,
+)
 from edgelocal.exporters.units import Network, output_shapes
-from edgelocal.needs import loaded_bytes, tensor_bytes
-from edgelocal.peaks import RUNTIME_BYTES
 from edgelocal.profiles import idle_process_bytes
-from edgelocal.spec import FrontierSpec, GraphSpec, MemorySpec, RuleSpec
-
-IDLE_BYTES = idle_process_bytes(560 << 10)  # of the device, with the manifest of some 20 blocks
-THREADS = 4  # of the device, for the size of a loaded graph
+from edgelocal.spec import BlockSpec, FrontierSpec, RuleSpec
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What the search chose: cuts, depths of the auxiliaries (None: as the rule has them), and the trade-off."""
+    """What the search chose: cuts, depths of the auxiliaries (None: as the rule has them), and what it stands beside
+    (empty: nothing was asked for)."""
 
     cut: tuple[range, ...]
     depths: tuple[int, ...] | None
-    frontier: tuple[FrontierSpec, ...]
+    others: tuple[FrontierSpec, ...]
 
 
 def fit(network: Network, request: ExportRequest, budget_bytes: int, say: Say) -> Fit:
-    """The partition of least training compute whose every block fits `budget_bytes`, the device's process included.
+    """The partition that fits `budget_bytes`, the device's process included, and gives up the least auxiliary depth;
+    of these the one of the least training compute.
+
+    It fits if `edgelocal plan` keeps the batch whole. Shallower auxiliary networks than the rule wants are taken only
+    where a block would not fit otherwise (edgelocal/exporters/search.py).
 
     Raises:
         BudgetError: none fits; the message gives the smallest budget that would do.
         ExportError: a block cannot be exported.
     """
-    limit = budget_bytes - IDLE_BYTES
     counter = Counter()
     learner = _Learner(network, request, say)
     problem = make_problem(network, request.rule, request.defaults.batch, counter)
-    found = search(problem, learner.truth(request.rule), limit)
-    if found.largest > limit:
+    found, least = _within(budget_bytes, problem, learner)
+    if least > budget_bytes:
+        idle = least - found.largest
         raise BudgetError(
             f"no partition of {network.name} fits {format_size(budget_bytes)} with batches of "
-            f"{request.defaults.batch}: the smallest budget that would do is {format_size(found.largest + IDLE_BYTES)} "
-            f"({found.largest + IDLE_BYTES} bytes, {format_size(IDLE_BYTES)} of it the idle process); raise "
-            "--memory-budget, lower --batch, --aux-depth or --aux-depth-min, or let the device use micro-batches "
-            "(export with --blocks per-unit)"
+            f"{request.defaults.batch}: the smallest budget that would do is {format_size(least)} "
+            f"({least} bytes, {format_size(idle)} of it the idle process and the data, for up to {SAMPLES:,} samples); "
+            "raise --memory-budget, lower --batch, --aux-depth or --aux-depth-min, or let the device use "
+            "micro-batches (export with --blocks per-unit)"
         )
-    say(f"{len(found.blocks)} blocks chosen after looking at {found.asked}")
+    say(f"{len(found.blocks)} blocks chosen after looking at {len(found.known)}")
     if not request.frontier:
         return Fit(found.cut, found.depths, ())
     say("now the trade-off around them")
     points = frontier(problem, learner.truth(request.rule), found.known)
-    return Fit(found.cut, found.depths, (*_partitions(points, found), *learner.comparisons(problem, found, counter)))
+    partitions = [learner.point("partition", request.rule, problem, p.blocks) for p in points]
+    return Fit(found.cut, found.depths, (*partitions, *learner.comparisons(problem, counter)))
 
 
-def _partitions(points: tuple[Found, ...], chosen: Found) -> list[FrontierSpec]:
-    """The trade-off, the chosen partition among it."""
-    own = FrontierSpec("partition", len(chosen.blocks), chosen.largest, chosen.macs, True)
-    others = [FrontierSpec("partition", len(p.blocks), p.largest, p.macs, False) for p in points]
-    distinct = [p for p in others if replace(p, chosen=True) != own]
-    return sorted([own, *distinct], key=lambda p: p.working_set_bytes)
+def _within(budget_bytes: int, problem: Problem, learner: _Learner) -> tuple[Found, int]:
+    """The best partition that needs at most the budget, or else the one whose largest block is as small as can be; and
+    the smallest budget for it."""
+    rule = learner.request.rule
+    limit = budget_bytes - idle_process_bytes(0)
+    known: dict[Candidate, int] = {}
+    while True:
+        found = search(problem, learner.truth(rule), limit, known)
+        least = whole_batch_budget(learner.blocks(rule, problem, found.blocks), learner.request)
+        if least <= budget_bytes or found.largest > limit:
+            return found, least
+        limit, known = budget_bytes - (least - found.largest), dict(found.known)
 
 
 class _Learner:
-    """Finds the working sets of blocks, each once."""
+    """Finds what blocks need, each once."""
 
     def __init__(self, network: Network, request: ExportRequest, say: Say) -> None:
+        self.request = request
         self._network = network
-        self._request = request
         self._say = say
         self._shapes = [
             network.input_shape,
             *output_shapes([u.module for u in network.units], network.input_shape, network.name, network.input_dtype),
         ]
-        self._known: dict[tuple[str, Candidate], int] = {}
+        self._known: dict[tuple[str, Candidate], BlockSpec] = {}
 
     def truth(self, rule: RuleSpec) -> Callable[[Candidate], int]:
         """The working set in bytes of a block under `rule`, with the request's batch."""
+        return lambda candidate: working_set(self._learn(rule, candidate), self.request.defaults.batch)
 
-        def learn(candidate: Candidate) -> int:
-            key = rule.name, candidate
-            if key not in self._known:
-                names = [unit.name for unit in self._network.units[candidate.start : candidate.stop]]
-                size = self._measure(rule, candidate)
-                self._known[key] = size
-                depth = f" with {candidate.depth} auxiliary layers" if candidate.depth else ""
-                ends = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-                self._say(f"{rule.name} block {ends}{depth}: {format_size(size)}")
-            return self._known[key]
+    def blocks(self, rule: RuleSpec, problem: Problem, candidates: Sequence[Candidate]) -> list[BlockSpec]:
+        """What blocks need; those of one kind need the same."""
+        kinds = {
+            int(problem.kinds[problem.cell(c)]): spec for (name, c), spec in self._known.items() if name == rule.name
+        }
+        found = []
+        for candidate in candidates:
+            kind = int(problem.kinds[problem.cell(candidate)])
+            if kind not in kinds:
+                kinds[kind] = self._learn(rule, candidate)
+            found.append(kinds[kind])
+        return found
 
-        return learn
+    def point(self, kind: str, rule: RuleSpec, problem: Problem, blocks: Sequence[Candidate]) -> FrontierSpec:
+        """A partition in the trade-off."""
+        macs = sum(int(problem.macs[problem.cell(block)]) for block in blocks)
+        return partition_point(kind, self.blocks(rule, problem, blocks), macs, self.request.defaults.batch)
 
-    def comparisons(self, problem: Problem, chosen: Found, counter: Counter) -> list[FrontierSpec]:
+    def comparisons(self, problem: Problem, counter: Counter) -> list[FrontierSpec]:
         """Where plain back-propagation, its best checkpointing, blocks of one unit and linear classifiers stand."""
-        request, units = self._request, len(self._network.units)
-        batch = request.defaults.batch
-        plain = replace(request.rule, name="bp")
+        request, batch = self.request, self.request.defaults.batch
+        plain, linear = (replace(request.rule, name=name) for name in ("bp", "linear"))
         whole = make_problem(self._network, plain, batch, counter)
-        all_units = Candidate(0, units, None)
-        bp = FrontierSpec("bp", 1, self.truth(plain)(all_units), int(whole.macs[whole.cell(all_units)]), False)
-        points = [bp, self._checkpointed(bp, whole)]
+        all_units = [Candidate(0, len(self._network.units), None)]
+        bp = self.point("bp", plain, whole, all_units)
+        growing = arena_parts(self.blocks(plain, whole, all_units)[0], batch)[1]
+        points = [bp, checkpointed(bp, growing, whole, self._network)]
         if request.rule.name != "bp":
-            points.append(self._per_unit("per-unit", request.rule, problem))
+            points.append(self.point("per-unit", request.rule, problem, _single_units(problem)))
         if request.rule.name != "linear":
-            linear = replace(request.rule, name="linear")
-            points.append(self._per_unit("linear", linear, make_problem(self._network, linear, batch, counter)))
+            lines = make_problem(self._network, linear, batch, counter)
+            points.append(self.point("linear", linear, lines, _single_units(lines)))
         return points
 
-    def _per_unit(self, kind: str, rule: RuleSpec, problem: Problem) -> FrontierSpec:
-        """Blocks of one unit, with the auxiliary depths of the rule."""
-        cut = per_unit(problem.units, problem.least)
-        wanted = problem.wanted[len(cut) - 1]
-        ends = [*wanted, None]  # the last block has no auxiliary
-        blocks = [Candidate(span.start, span.stop, depth) for span, depth in zip(cut, ends, strict=True)]
-        kinds: dict[int, int] = {}
-        for block in blocks:
-            kinds.setdefault(int(problem.kinds[problem.cell(block)]), 0)
-        learn = self.truth(rule)
-        for block in blocks:
-            number = int(problem.kinds[problem.cell(block)])
-            kinds[number] = kinds[number] or learn(block)
-        macs = sum(int(problem.macs[problem.cell(block)]) for block in blocks)
-        return FrontierSpec(kind, len(blocks), max(kinds.values()), macs, False)
-
-    def _checkpointed(self, bp: FrontierSpec, problem: Problem) -> FrontierSpec:
-        """Back-propagation that keeps the ends of K equal segments and computes each again (an estimate).
-
-        Memory shrinks as what is kept for the backward does, to the segments' ends and the largest segment; compute
-        grows by the forward pass of all segments but the last (Chen et al. 2016).
-        """
-        units = problem.units
-        whole = float(problem.proxy[problem.cell(Candidate(0, units, None))])
-        batch = self._request.defaults.batch
-        best = (bp.working_set_bytes, bp.training_macs)
-        for segments in range(2, units + 1):
-            ends = [round(units * k / segments) for k in range(segments + 1)]
-            spans = [(a, b) for a, b in pairwise(ends) if a < b]
-            held = [float(problem.proxy[0, a, b]) for a, b in spans]
-            borders = sum(4 * batch * math.prod(self._shapes[a]) for a, _ in spans[1:])
-            memory = int(bp.working_set_bytes * min(1.0, (borders + max(held)) / whole))
-            again = sum(int(problem.macs[0, a, b]) for a, b in spans[:-1]) // 3
-            best = min(best, (memory, bp.training_macs + again))
-        return FrontierSpec("checkpointing", 1, best[0], best[1], False)
-
-    def _measure(self, rule: RuleSpec, candidate: Candidate) -> int:
-        block = self._block(rule, candidate)
-        request = self._request
-        dtype = self._network.input_dtype if candidate.start == 0 else torch.float32
-        step = step_graph(block, request.task, request.optimizer, self._shapes[candidate.start], dtype)
-        lean = optimise(step, request.defaults.batch)
-        spec = GraphSpec("", step.inputs, step.outputs, lean.structure, lean.in_place, len(lean.model.graph.node))
-        return working_set(spec, lean.memory, request.defaults.batch)
+    def _learn(self, rule: RuleSpec, candidate: Candidate) -> BlockSpec:
+        key = rule.name, candidate
+        if key not in self._known:
+            dtype = self._network.input_dtype if candidate.start == 0 else torch.float32
+            block = self._block(rule, candidate)
+            self._known[key] = trial_block(block, self.request, self._shapes[candidate.start], dtype)
+            size = format_size(working_set(self._known[key], self.request.defaults.batch))
+            names = [unit.name for unit in self._network.units[candidate.start : candidate.stop]]
+            depth = f" with {candidate.depth} auxiliary layers" if candidate.depth else ""
+            ends = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            self._say(f"{rule.name} block {ends}{depth}: {size}")
+        return self._known[key]
 
     def _block(self, rule: RuleSpec, candidate: Candidate) -> LocalBlock:
         """The block alone, cut out of the network; what is before and behind it does not matter."""
@@ -180,12 +167,11 @@ class _Learner:
         depths = tuple(candidate.depth or 1 for _ in cut[:-1]) if candidate.depth is not None else None
         if candidate.depth is None and len(cut) > 1 and rule.name == "auglocal":
             depths = (1,) * (len(cut) - 1)
-        return build_blocks(self._network, rule, cut, self._request.seed, depths)[cut.index(spans[1])]
+        return build_blocks(self._network, rule, cut, self.request.seed, depths)[cut.index(spans[1])]
 
 
-def working_set(spec: GraphSpec, memory: MemorySpec, batch: int) -> int:
-    """Bytes above the idle process while the step runs on a whole batch and nothing else is loaded."""
-    overwriting = spec.overwriting
-    tensors = [t for t in (*spec.inputs, *spec.outputs) if t.name not in overwriting]
-    outside = sum(tensor_bytes(t, batch) for t in tensors)
-    return RUNTIME_BYTES + loaded_bytes(spec, THREADS) + outside + memory.arena_bytes(batch)
+def _single_units(problem: Problem) -> list[Candidate]:
+    """Blocks of one unit, with the auxiliary depths of the rule."""
+    cut = per_unit(problem.units, problem.least)
+    ends = [*problem.wanted[len(cut) - 1], None]  # the last block has no auxiliary
+    return [Candidate(span.start, span.stop, depth) for span, depth in zip(cut, ends, strict=True)]

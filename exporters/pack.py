@@ -14,7 +14,8 @@ import torch
 
 from edgelocal import __version__
 from edgelocal.bundle import MANIFEST
-from edgelocal.errors import BundleError, ExportError, UsageError
+from edgelocal.errors import BundleError, EdgelocalError, ExportError, UsageError
+from edgelocal.exporters.comparison import beside_bp
 from edgelocal.exporters.fit import Fit, fit
 from edgelocal.exporters.guest import guest, network_errors
 from edgelocal.exporters.macs import Counter, block_macs
@@ -25,6 +26,7 @@ from edgelocal.exporters.onnx_step import ExportedGraph, step_graph
 from edgelocal.exporters.partition import partition
 from edgelocal.exporters.request import ExportRequest
 from edgelocal.exporters.rules import LocalBlock, build_blocks, find
+from edgelocal.exporters.trial import partition_point
 from edgelocal.exporters.units import Network, check_composition, load_network
 from edgelocal.exporters.weights import load_weights
 from edgelocal.manifest import parse_manifest, render_manifest
@@ -34,6 +36,7 @@ from edgelocal.spec import (
     BlockMemorySpec,
     BlockSpec,
     FileSpec,
+    FrontierSpec,
     GraphSpec,
     MacsSpec,
     Manifest,
@@ -106,7 +109,7 @@ def _write(request: ExportRequest, folder: Path, say: Say) -> dict[str, Any]:
         predict=predict,
         versions={"edgelocal": __version__, **{name: version(name) for name in ("torch", "onnx")}},
         files=writer.files,
-        frontier=found.frontier or None,
+        frontier=_frontier(network, request, found.others, specs, counter, say),
     )
     atomic_write(folder / MANIFEST, [_acceptable(manifest)])
     return summary(manifest) | {"weights": notes}
@@ -117,6 +120,28 @@ def _partitioned(network: Network, request: ExportRequest, tail: Literal["merge"
         return fit(network, request, request.budget_bytes, say)
     cut = partition(network, blocks=request.blocks, rule=request.rule.name, depth=request.rule.depth, tail=tail)
     return Fit(cut, None, ())
+
+
+def _frontier(
+    network: Network,
+    request: ExportRequest,
+    others: tuple[FrontierSpec, ...],
+    specs: Sequence[BlockSpec],
+    counter: Counter,
+    say: Say,
+) -> tuple[FrontierSpec, ...]:
+    """The exported blocks among `others`, or among estimates where there are none. That these cannot be made must not
+    keep a bundle from being written."""
+    macs = sum(s.macs.training + s.macs.training_auxiliary for s in specs if s.macs is not None)
+    point = partition_point("partition", specs, macs, request.defaults.batch)
+    points = [replace(point, chosen=True), *(p for p in others if p != point)]
+    if not others:
+        try:
+            with network_errors("a trial run of the units"):
+                points += beside_bp(network, request, specs, points[0], counter)
+        except EdgelocalError as error:
+            say(f"the blocks are not compared with back-propagation: {error}")
+    return tuple(sorted(points, key=lambda p: p.working_set_bytes))
 
 
 def _rule_depths(rule: RuleSpec, blocks: int) -> tuple[int | None, ...]:

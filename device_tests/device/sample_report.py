@@ -106,6 +106,8 @@ def _frontier(blocks: int, largest: int) -> list[dict[str, Any]]:
             "working_set_bytes": round(largest * (0.8 + 0.2 * chosen / n)),
             "training_macs": round(macs * (1 + 0.05 * n)),
             "chosen": n == chosen,
+            "batch": 128,
+            "estimated": False,
         }
         for n in range(1, 10)
     ]
@@ -115,7 +117,8 @@ def _frontier(blocks: int, largest: int) -> list[dict[str, Any]]:
         ("per-unit", 0.95, 1.6),
         ("linear", 0.85, 1.03),
     ):
-        point = {"kind": kind, "blocks": 1, "chosen": False, "training_macs": round(macs * work)}
+        point = {"kind": kind, "blocks": 1, "chosen": False, "training_macs": round(macs * work), "batch": 128}
+        point["estimated"] = kind == "checkpointing"
         found.append(point | {"working_set_bytes": round(largest * memory)})
     return found
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelocal.augment import augment
-from edgelocal.data import batches, has_split, open_dataset, prepare
+from edgelocal.data import batches, has_split, holds_images, open_dataset, prepare
 from edgelocal.errors import DataError, UsageError
 from edgelocal.spec import AugmentSpec, InputSpec
 
@@ -64,6 +64,18 @@ def test_zip_where_a_name_comes_twice_gives_the_last(tmp_path: Path) -> None:
     expected = by_class(COLOURS).copy()
     expected[0] = COLOURS[1]
     check(path, expected, np.sort(IDS), COLOUR)
+
+
+def test_image_files_are_known_before_anything_is_opened(tmp_path: Path) -> None:
+    images = {f"{c}/0.png": png(COLOURS[i]) for i, c in enumerate("abc")}
+    folder = write(tmp_path / "f", images)
+    split = write(tmp_path / "s", {f"train/{name}": data for name, data in images.items()})
+    packed = write_zip(tmp_path / "z.zip", images)
+    arrays = save(tmp_path / "n", x=COLOURS, y=IDS)
+    found = [holds_images(path) for path in (folder, split, packed, arrays)]
+    assert found == [True, True, True, False]
+    with pytest.raises(DataError, match="does not exist"):
+        holds_images(tmp_path / "missing")
 
 
 def test_folder_of_class_folders_and_splits(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         with pytest.raises(NotRegularError, match=why):
             read_regular(tmp_path / name)
     with pytest.raises(NotRegularError, match="it is a link"):
-        DISK.read(tmp_path / "zeros")
+        DISK.open_regular(tmp_path / "zeros")
     with pytest.raises(NotRegularError):
         open_regular(Path("/dev/zero"))
     with pytest.raises(FileNotFoundError):

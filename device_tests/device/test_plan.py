@@ -20,7 +20,7 @@ from device_tests.device.runs import RESIDUAL, answer, command
 from edgelocal.bundle import Bundle
 from edgelocal.data import open_dataset, pipeline_bytes
 from edgelocal.errors import BudgetError, UsageError
-from edgelocal.plan import RUNTIME_BYTES, PipelineBytes, Plan, make_plan, make_thresholds
+from edgelocal.plan import RUNTIME_BYTES, PipelineBytes, Plan, make_plan, make_thresholds, steady_idle
 from edgelocal.plan_command import PlanRequest, assumed_pipeline, paged_bytes_per_step, plan_for
 from edgelocal.plan_table import plan_lines
 from edgelocal.spec import BlockSpec, Manifest, MemorySpec, graph_bytes
@@ -294,6 +294,84 @@ def test_the_largest_batch_of_a_refusal_is_exact(network: Manifest, setting: dic
         if least_budget(network, {**setting, "batch": batch}) <= budget:
             fitting.append(batch)
     assert (int(found[1]) if found else 0) == max(fitting, default=0)
+
+
+def test_up_to_512_every_smaller_batch_is_tried_for_the_largest_that_fits() -> None:
+    """Here 400 needs less than the batches around it, because the bundle's table has it."""
+    network = manifest(Invented(weight=1_000_000, fixed=5_000_000, per_sample=100, known=(1, 400)))
+    setting = {**SETTING, "micro_batch": None}
+    budget = least_budget(network, {**setting, "batch": 400})
+    assert all(least_budget(network, {**setting, "batch": n}) > budget for n in (*range(390, 400), *range(401, 514)))
+    with pytest.raises(BudgetError, match="; the largest --batch that fits is 400, and the smallest budget"):
+        make_plan(network, budget_bytes=budget, **{**setting, "batch": 513})
+
+
+def test_of_very_large_batches_few_are_tried() -> None:
+    """One that fits is found, and one sample more does not fit; seconds of processor time for 54 blocks."""
+    network = manifest(*(Invented(nodes=50 + i % 7, known=tuple(range(1, 65))) for i in range(54)))
+    tried: set[int] = set()
+
+    def pipeline(samples: int) -> PipelineBytes:
+        tried.add(samples)
+        return DATA
+
+    setting = {**SETTING, "batch": 200_000, "pipeline": pipeline}
+    least = make_thresholds(network, **setting).least
+    budget = make_thresholds(network, **{**setting, "batch": 5000}).least
+    assert budget < least
+    tried.clear()
+    started = time.process_time()
+    with pytest.raises(BudgetError) as caught:
+        make_plan(network, budget_bytes=budget, **setting)
+    spent = time.process_time() - started
+    found = re.search(r"; a --batch that fits is (\d+), and", str(caught.value))
+    assert found is not None
+    fitting = int(found[1])
+    assert 513 <= fitting < 200_000
+    assert make_thresholds(network, **{**setting, "batch": fitting}).least <= budget
+    assert make_thresholds(network, **{**setting, "batch": fitting + 1}).least > budget
+    print(f"{len(tried)} batches tried in {spent:.1f} s of processor time")
+    assert len(tried) < 60
+    assert spent < 20
+
+
+def micro_of(plan: Plan) -> list[int]:
+    return [b.micro_batch for b in plan.blocks]
+
+
+@settings(max_examples=100)
+@given(NETWORKS, SETTINGS, st.floats(0, 1), st.integers(0, 200_000))
+def test_micro_batches_that_are_wanted_are_kept_where_they_fit(
+    network: Manifest, setting: dict[str, Any], place: float, more: int
+) -> None:
+    """Whatever budget they were chosen for: here another start, whose idle process is smaller or larger."""
+    steps = make_thresholds(network, **setting)
+    budget = int(steps.least + place * (steps.everything - steps.least))
+    begun = make_plan(network, budget_bytes=budget, **setting)
+    again = make_plan(network, budget_bytes=budget + more, wanted=micro_of(begun), **setting)
+    assert micro_of(again) == micro_of(begun)
+    assert again.peak_bytes <= budget + more
+    least = tight_peak(network, micro_of(begun), setting)
+    assert make_plan(network, budget_bytes=least, wanted=micro_of(begun), **setting).peak_bytes == least
+    if least > steps.least:
+        fewer = make_plan(network, budget_bytes=least - 1, wanted=micro_of(begun), **setting)
+        assert fewer == make_plan(network, budget_bytes=least - 1, **setting)
+
+
+def test_wanted_micro_batches_keep_to_the_bound_and_to_the_batch() -> None:
+    network = manifest(Invented(), Invented(nodes=60))
+    plan = make_plan(network, budget_bytes=None, wanted=[8, 3], micro_batch=4, **SETTING)
+    assert micro_of(plan) == [4, 3]
+    assert micro_of(make_plan(network, budget_bytes=None, wanted=[99, 3], **SETTING)) == [16, 3]
+    assert micro_of(make_plan(network, budget_bytes=None, wanted=[5], **SETTING)) == [16, 16]  # of another network
+
+
+@given(st.integers(1, 1 << 40), st.lists(st.integers(0, 120 << 10), min_size=2, max_size=9))
+def test_idle_processes_that_differ_by_noise_count_the_same_or_one_step_more(least: int, noise: list[int]) -> None:
+    found = {steady_idle(least + n) for n in noise}
+    assert max(found) - min(found) in (0, 1 << 20)
+    assert all(size % (1 << 20) == 0 for size in found)
+    assert max(found) >= least + max(noise) + (128 << 10) > max(found) - (1 << 20)
 
 
 @settings(max_examples=150)

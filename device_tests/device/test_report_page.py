@@ -190,6 +190,20 @@ def test_turns_too_quick_to_draw_are_said() -> None:
     assert not of_class(drawings(html)["timeline"], "depth")
 
 
+def test_what_lies_between_the_steps_of_a_block_does_not_cut_its_stretch() -> None:
+    raw = loaded(2)
+    order = [-1, 0, -1, 0, 0, -1, 1, -1, 1, -1]
+    raw["timeline"] = [[float(i), 60 * MIB, block] for i, block in enumerate(order)]
+    svg = drawings(page(raw))["timeline"]
+    (series,) = of_class(svg, "series")
+    assert len(places(series)) == len(order)
+    seconds_of = axis(svg, False, {"": 1.0})
+    ends = [
+        [float(e.get("x") or 0), float(e.get("x") or 0) + float(e.get("width") or 0)] for e in of_class(svg, "depth")
+    ]
+    assert [[round(seconds_of(x), 1) for x in pair] for pair in ends] == [[1, 5], [6, 9]]
+
+
 @pytest.mark.parametrize("blocks", [1, 10, 11, 54])
 def test_curves_are_the_recorded_losses(blocks: int) -> None:
     raw = loaded(blocks)
@@ -239,7 +253,7 @@ def test_the_frontier_marks_what_was_chosen_and_names_the_rest() -> None:
     assert macs_of(float(chosen.get("cy") or 0)) == pytest.approx(point["training_macs"], rel=3e-3)
     assert len(of_class(svg, "p-partition")) == 8
     names = {e.text for e in of_class(svg, "name")}
-    assert {"bp", "checkpointing", "per-unit", "linear", "6 blocks"} <= names
+    assert {"bp", "checkpointing (estimate)", "per-unit", "linear", "6 blocks"} <= names
 
 
 def test_the_page_says_what_was_run_where(tmp_path: Path) -> None:

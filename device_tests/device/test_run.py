@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import shutil
@@ -18,14 +19,18 @@ from device_tests.device.runs import (
     answer,
     config,
     copy_bundle,
+    reseal,
     trainer,
     unprivileged,
     write_data,
 )
+from edgelocal import commands
 from edgelocal.bundle import open_bundle, verify
-from edgelocal.errors import BundleError, CheckpointError, DivergedError, UsageError
+from edgelocal.cli import main
+from edgelocal.errors import BundleError, CheckpointError, DivergedError, OverBudgetError, UsageError
 from edgelocal.run import RunFolder, check_resume, check_same, open_trained
 from edgelocal.run_info import RunInfo, describe_run, read_run
+from edgelocal.session import runtime
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +175,8 @@ RUN_JSON: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("rate of NaN", lambda raw: raw["config"].update(lr=float("nan")), "config.lr: expected a finite number"),
     ("hyper is a list", lambda raw: raw["config"].update(hyper=[]), "config.hyper: expected an object"),
     ("threads as text", altered(threads="2"), "run.json.threads: expected int, found '2'"),
+    ("micro-batches of text", altered(micro_batches=["8"]), "micro_batches.*expected int, found '8'"),
+    ("no sample at a time", altered(micro_batches=[8, 0, 8]), "micro_batches: expected positive integers, found '0'"),
     ("no threads", altered(threads=0), "threads: expected a positive integer, found '0'"),
     ("budget as text", altered(budget_bytes="1GiB"), "budget_bytes: expected int, found '1GiB'"),
 ]
@@ -319,3 +326,72 @@ def test_a_record_that_is_not_finite_is_divergence_and_is_not_written(tmp_path: 
     assert (folder.folder / "metrics.jsonl").read_text() == before
     assert list(folder.metrics) == [record(0.25)]
     assert not (folder.folder / "report.json").exists()
+
+
+@pytest.mark.parametrize("bound", [0, -1, 129, True, "16"])
+def test_a_bound_of_micro_batches_that_no_run_has_is_refused(
+    trained: tuple[Path, list[object]], tmp_path: Path, bound: object
+) -> None:
+    run = copied(trained, tmp_path)
+    reseal(run, lambda progress, _: progress.update(micro_batch_bound=bound))
+    with pytest.raises(CheckpointError, match=r"progress\.micro_batch_bound: expected"):
+        open_trained(run, 1)
+
+
+def test_a_run_from_before_the_bound_was_recorded_goes_on(trained: tuple[Path, list[object]], tmp_path: Path) -> None:
+    run = copied(trained, tmp_path)
+    reseal(run, lambda progress, _: progress.pop("micro_batch_bound"))
+    answer(*trained[1], "--out", run, "--resume", "must")
+
+
+@pytest.mark.parametrize("message", ["", "Unable to allocate 3 GiB"])
+def test_a_command_without_memory_ends_with_3_and_says_so(
+    trained: tuple[Path, list[object]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    message: str,
+) -> None:
+    def scarce(*_: object, **__: object) -> None:
+        raise MemoryError(message)
+
+    monkeypatch.setattr(commands, "evaluate_run", scarce)
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", str(trained[0]), "--data", str(trained[0])])
+    assert ended.value.code == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith(f"edgelocal: out of memory{f' ({message})' if message else ''}; what was committed")
+
+
+def test_no_memory_for_the_state_ends_with_3_and_what_was_committed_stands(
+    trained: tuple[Path, list[object]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def scarce(*_: object) -> None:
+        raise MemoryError
+
+    run = copied(trained, tmp_path)
+    before = (run / "state" / "00000002.ckpt").read_bytes()
+    monkeypatch.setattr("edgelocal.block.Tensor", scarce)
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, trained[1]), "--out", str(run), "--on-oom", "replan"])
+    assert ended.value.code == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "edgelocal: out of memory for the state of all blocks; free memory" in said
+    assert (run / "state" / "00000002.ckpt").read_bytes() == before
+    monkeypatch.undo()
+    answer(*trained[1], "--out", run)
+
+
+def test_no_memory_to_import_the_runtime_is_not_called_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = builtins.__import__
+
+    def scarce(name: str, *given: Any) -> Any:
+        if name == "onnxruntime":
+            raise ImportError("Exception caught: std::bad_alloc")
+        return plain(name, *given)
+
+    monkeypatch.setattr(builtins, "__import__", scarce)
+    with pytest.raises(OverBudgetError, match="no memory to import ONNX Runtime"):
+        runtime()

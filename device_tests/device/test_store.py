@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def number_of(loaded: Loaded | None) -> int:
     """The number a loaded checkpoint was made with, from both its halves; 0 for none."""
     if loaded is None:
         return 0
-    np.testing.assert_array_equal(loaded.state.tensors["w"], np.full(300, loaded.state.progress["n"], np.float32))
+    with loaded:
+        np.testing.assert_array_equal(loaded.state.tensors["w"], np.full(300, loaded.state.progress["n"], np.float32))
     return int(loaded.state.progress["n"])
 
 
@@ -272,15 +274,13 @@ def test_what_is_no_file_counts_as_damaged_and_never_hangs(tmp_path: Path, kind:
     assert names(store.folder) == (kept if kind != "folder" else sorted([*kept, newest.name]))
 
 
-def test_a_checkpoint_larger_than_the_memory_counts_as_damaged(tmp_path: Path) -> None:
-    class Small(Disk):
-        def read(self, path: Path) -> bytes:
-            if path.name == "00000002.ckpt":
-                raise MemoryError  # as Python says of a file of 4 PiB, most of it holes
-            return super().read(path)
-
-    store_with(tmp_path, 2)
-    assert number_of(CheckpointStore(tmp_path, disk=Small()).load("abc")) == 1
+def test_a_file_that_claims_a_huge_size_is_damaged_by_its_end_alone(tmp_path: Path) -> None:
+    store = store_with(tmp_path, 2)
+    os.truncate(store.folder / "00000002.ckpt", 1 << 40)  # all but its beginning are holes
+    loaded = store.load("abc")
+    assert number_of(loaded) == 1
+    assert loaded is not None
+    assert "does not end in its seal" in loaded.skipped[0][1]
 
 
 @pytest.mark.parametrize("name", ["999999999999999999.ckpt", "9" * 100 + ".ckpt"])
@@ -307,21 +307,147 @@ def test_another_fingerprint_is_refused_at_once(tmp_path: Path) -> None:
         store_with(tmp_path, 2).load("xyz")
 
 
-@pytest.mark.parametrize(("error", "expected"), [(errno.EIO, 1), (errno.EACCES, None)])
-def test_only_a_failing_medium_counts_as_damage(tmp_path: Path, error: int, expected: int | None) -> None:
-    class Unreadable(Disk):
-        def read(self, path: Path) -> bytes:
-            if path.name == "00000002.ckpt":
-                raise OSError(error, os.strerror(error))
-            return super().read(path)
+class UnreadableDisk(Disk):
+    """Reads half a MiB at most; from read number `at` on, those of the newest of two checkpoints fail."""
 
-    store_with(tmp_path, 2)
-    store = CheckpointStore(tmp_path, disk=Unreadable())
-    if expected is None:
-        with pytest.raises(CheckpointError, match="Permission denied; check permissions"):
-            store.load("abc")
-    else:
-        assert number_of(store.load("abc")) == expected
+    def __init__(self, at: int, error: int) -> None:
+        self.at, self.error, self.reads, self.newest = at, error, 0, -1
+        self.opened: set[int] = set()
+
+    def _step(self) -> None:
+        self.reads += 1
+        if self.reads >= self.at:
+            raise OSError(self.error, os.strerror(self.error))
+
+    def open_regular(self, path: Path) -> int:
+        if path.name != "00000002.ckpt":
+            return super().open_regular(path)
+        self._step()
+        self.newest = super().open_regular(path)
+        self.opened.add(self.newest)
+        return self.newest
+
+    def read_at(self, descriptor: int, offset: int, size: int) -> bytes:
+        if descriptor == self.newest:
+            self._step()
+        return super().read_at(descriptor, offset, min(size, 1 << 19))
+
+    def close(self, descriptor: int) -> None:
+        self.opened.discard(descriptor)
+        self.newest = -1 if descriptor == self.newest else self.newest
+        super().close(descriptor)
+
+
+LARGE = {f"t{i}": np.arange(i, i + 400_000, dtype=np.float32) for i in range(4)}  # 1.6 MB each: pieces are of 1 MiB
+
+
+def commit_large(store: CheckpointStore) -> None:
+    store.commit(encode_state(TrainingState({}, LARGE), "abc"))
+
+
+def reads_of_a_load(folder: Path) -> int:
+    """Operations of checking the large checkpoint behind a small one."""
+    store = store_with(folder, 1)
+    commit_large(store)
+    disk = UnreadableDisk(1 << 40, errno.EIO)
+    loaded = CheckpointStore(folder, disk=disk).load("abc")
+    assert loaded is not None
+    loaded.file.close()
+    assert disk.reads > 2 * sum(tensor.nbytes for tensor in LARGE.values()) >> 19, "hashed, and looked at"
+    return disk.reads
+
+
+def test_a_medium_that_fails_at_any_read_is_damage(tmp_path: Path) -> None:
+    for at in range(1, reads_of_a_load(tmp_path) + 1):
+        disk = UnreadableDisk(at, errno.EIO)
+        loaded = CheckpointStore(tmp_path, disk=disk).load("abc")
+        assert not disk.opened
+        assert number_of(loaded) == 1
+        assert loaded is not None
+        assert "the medium cannot read it: Input/output error" in loaded.skipped[0][1]
+
+
+def test_a_system_that_refuses_any_read_is_no_damage(tmp_path: Path) -> None:
+    for at in range(1, reads_of_a_load(tmp_path) + 1):
+        disk = UnreadableDisk(at, errno.EACCES)
+        with pytest.raises(CheckpointError, match=r"02\.ckpt: cannot be read: Permission denied; check permissions"):
+            CheckpointStore(tmp_path, disk=disk).load("abc")
+        assert not disk.opened
+
+
+def store_of_large(folder: Path) -> CheckpointStore:
+    store = CheckpointStore(folder)
+    commit_large(store)
+    return store
+
+
+def read_large(loaded: Loaded) -> None:
+    """Every tensor is read, and is what was committed."""
+    with loaded:
+        for name, tensor in LARGE.items():
+            np.testing.assert_array_equal(loaded.state.tensors[name], tensor)
+
+
+def test_tensors_across_pieces_are_read_in_any_order(tmp_path: Path) -> None:
+    loaded = store_of_large(tmp_path).load("abc")
+    assert loaded is not None
+    with loaded:
+        for name in (*LARGE, *reversed(LARGE), "t2"):
+            found = loaded.state.tensors[name]
+            np.testing.assert_array_equal(found, LARGE[name], strict=True)
+            assert not found.flags.writeable
+
+
+def test_reading_a_checkpoint_takes_the_memory_of_one_tensor(tmp_path: Path) -> None:
+    """By tracemalloc, which numpy reports to: one tensor, a piece or two of the file, and small things."""
+    store = store_of_large(tmp_path)
+    largest = max(tensor.nbytes for tensor in LARGE.values())
+    tracemalloc.start()
+    try:
+        loaded = store.load("abc")
+        assert loaded is not None
+        with loaded:
+            for name in loaded.state.tensors:
+                assert loaded.state.tensors[name].any()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert largest < peak < largest + (5 << 19)
+
+
+@pytest.mark.parametrize("place", [0, 100, 1 << 20, 2_500_000, -1])
+def test_a_byte_that_changes_after_the_check_is_an_error_not_another_weight(tmp_path: Path, place: int) -> None:
+    store = store_of_large(tmp_path)
+    loaded = store.load("abc")
+    assert loaded is not None
+    with loaded.path.open("r+b") as file:
+        file.seek(*((place, 0) if place >= 0 else (-41, 2)))  # -1: the last byte before the seal
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"01.ckpt: it changed while it was read, .*check the medium"):
+        read_large(loaded)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, 6_000_000])
+def test_a_file_that_shrinks_after_the_check_is_an_error(tmp_path: Path, size: int) -> None:
+    loaded = store_of_large(tmp_path).load("abc")
+    assert loaded is not None
+    os.truncate(loaded.path, size)
+    with pytest.raises(CheckpointError, match=rf"01.ckpt: it was cut short while .* ends at {size}; it was whole"):
+        read_large(loaded)
+
+
+def test_a_generation_that_is_removed_beside_a_reader_is_read_to_its_end(tmp_path: Path) -> None:
+    store = store_of_large(tmp_path)
+    loaded = CheckpointStore(tmp_path, writable=False).load("abc")
+    assert loaded is not None
+    for number in (2, 3):
+        store.commit(checkpoint(number))
+    assert not loaded.path.exists()
+    read_large(loaded)
+    with pytest.raises(CheckpointError, match="cannot be read: Bad file descriptor"):
+        loaded.state.tensors["t0"]
 
 
 def test_a_file_in_the_way_of_a_folder_is_said(tmp_path: Path) -> None:
@@ -488,8 +614,14 @@ class PowerCutDisk(Disk):
     def names(self, folder: Path) -> list[str]:
         return list(self.entries)
 
-    def read(self, path: Path) -> bytes:
-        return self.contents[self.entries[path.name]]
+    def open_regular(self, path: Path) -> int:
+        return self.entries[path.name]
+
+    def size(self, descriptor: int) -> int:
+        return len(self.contents[descriptor])
+
+    def read_at(self, descriptor: int, offset: int, size: int) -> bytes:
+        return self.contents[descriptor][offset : offset + size]
 
 
 def _apply(entries: dict[str, int], changes: list[tuple[str | None, str | None, int]]) -> None:

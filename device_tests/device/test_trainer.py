@@ -155,6 +155,13 @@ def test_a_budget_below_what_is_held_stops_before_the_first_step(data: Path) -> 
     assert watcher.commits == []
 
 
+def test_a_peak_from_before_is_reported_and_not_held_against_the_budget(data: Path) -> None:
+    found = trainer(RESIDUAL, data)
+    found.budget_bytes, found.process_peak_bytes = 1 << 40, 1 << 41
+    found.run(Recorder())
+    assert found.process_peak_bytes == 1 << 41
+
+
 def test_validation_only_as_often_as_asked(data: Path) -> None:
     found = trainer(RESIDUAL, data, epochs=4)
     found.validate_every = 2

@@ -112,6 +112,77 @@ reports = [trained(out=first, on_oom="replan"), trained(out=second, on_oom="repl
 print(json.dumps({"stopped": stopped, "reports": reports}))
 """
 
+# Shared by the scripts below: one call of a function fails, for which there is no memory.
+FAILING = """
+import importlib
+
+def fail(place, number, error, result=None):
+    module, name = place.rsplit(".", 1)
+    module = importlib.import_module(module)
+    plain, calls = getattr(module, name), []
+    def operation(*given, **named):
+        calls.append(name)
+        if len(calls) != number:
+            return plain(*given, **named)
+        if error is not None:
+            raise error
+        return result
+    setattr(module, name, operation)
+    return lambda: setattr(module, name, plain)
+
+folder = Path(sys.argv[3])
+"""
+
+# argv also: folder of runs, the function that fails, and at which call of it.
+FORCED = (
+    FAILING
+    + """
+mend = fail(sys.argv[4], int(sys.argv[5]), MemoryError("forced"))
+forced = trained(out=folder / "forced", micro_batch=32, on_oom="replan")
+mend()
+mend = fail(sys.argv[4], int(sys.argv[5]), MemoryError("forced"))
+try:
+    trained(out=folder / "stopped", micro_batch=32)
+except OverBudgetError as error:
+    stopped = str(error)
+mend()
+print(json.dumps([forced, trained(out=folder / "plain", micro_batch=16), stopped]))
+"""
+)
+
+# argv also: folder of runs, and the batch, the failing one not counted, before which a training is killed that was
+# replanned before its third. It is continued.
+KILLED = (
+    FAILING
+    + """
+fail("edgelocal.trainer.prepare", int(sys.argv[4]), RuntimeError("killed"))
+fail("edgelocal.trainer.prepare", 3, MemoryError())
+try:
+    trained(out=folder / "killed", micro_batch=32, on_oom="replan")
+except RuntimeError as error:
+    assert str(error) == "killed", error
+from device_tests.device.runs import last_state
+progress = last_state(folder / "killed")[0]
+again = [trained(out=folder / name, micro_batch=micro) for name, micro in (("killed", 32), ("plain", 16))]
+print(json.dumps([progress, *again]))
+"""
+)
+
+# argv also: folder of runs. The process is over its budget for a moment.
+BREACH = (
+    FAILING
+    + """
+mend = fail("edgelocal.trainer.peak_rss_bytes", 4, None, 1 << 40)
+report = trained(out=folder / "replanned", memory_budget="2GiB", on_oom="replan")
+mend()
+fail("edgelocal.trainer.peak_rss_bytes", 4, None, 1 << 40)
+try:
+    trained(out=folder / "stopped", memory_budget="2GiB")
+except OverBudgetError as error:
+    print(json.dumps([report, str(error)]))
+"""
+)
+
 
 def inside(code: str, *arguments: object) -> Any:
     line = [sys.executable, "-c", INSIDE + code, *map(str, arguments)]
@@ -159,3 +230,56 @@ def test_m4_memory_that_runs_out_leaves_the_last_commit_and_replan_goes_on_from_
         assert any("memory ran out" in note for note in report["notes"])
         assert {block["plan"]["micro_batch"] for block in report["blocks"]} == {BATCH // 2}
         assert_same_bits(last_state(tmp_path / run)[1], last_state(tmp_path / "half")[1])
+
+
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [
+        ("edgelocal.trainer.prepare", 3),  # a batch
+        ("edgelocal.block._scalars", 5),  # in the middle of a step
+        ("edgelocal.run.encode_state", 2),  # a commit
+    ],
+)
+def test_m4_wherever_memory_runs_out_replan_goes_on_by_the_plan_for_half(
+    work: Path, tmp_path: Path, place: str, call: int
+) -> None:
+    """As a training that begins with the smaller micro-batches: the same plan, predictions and bits."""
+    forced, plain, stopped = inside(FORCED, bundle_of(work, "mlp"), data_of(work, "mlp"), tmp_path, place, call)
+    assert stopped == "out of memory (forced); use a smaller --batch and a new --out, or export more blocks"
+    assert (
+        "memory ran out (out of memory (forced)); gone on from the last commit with micro-batches of at most 16"
+        in (forced["notes"])
+    )
+    assert forced["steps"] == STEPS
+    assert [b["plan"]["micro_batch"] for b in forced["blocks"]] == [16] * len(forced["blocks"])
+    for key in ("plan", "predicted", "predicted_arena_bytes"):
+        assert [b[key] for b in forced["blocks"]] == [b[key] for b in plain["blocks"]]
+    own = [report["planned_peak_bytes"] - report["idle_bytes"] for report in (forced, plain)]
+    assert own[0] == own[1]
+    assert_same_bits(last_state(tmp_path / "forced")[1], last_state(tmp_path / "plain")[1])
+
+
+def test_m4_a_run_that_is_killed_after_replanning_keeps_its_micro_batches(work: Path, tmp_path: Path) -> None:
+    progress, resumed, plain = inside(KILLED, bundle_of(work, "mlp"), data_of(work, "mlp"), tmp_path, 4)
+    assert (progress["micro_batch_bound"], progress["position"]["steps"]) == (16, 1)
+    assert resumed["steps"] == STEPS
+    assert {b["plan"]["micro_batch"] for b in resumed["blocks"]} == {16}
+    assert any("memory ran out in this run before: micro-batches are of at most 16" in n for n in resumed["notes"])
+    assert not any("micro-batches" in note for note in plain["notes"])
+    assert_same_bits(last_state(tmp_path / "killed")[1], last_state(tmp_path / "plain")[1])
+
+
+def test_m4_micro_batches_with_which_no_step_was_done_are_not_recorded(work: Path, tmp_path: Path) -> None:
+    progress, resumed, _ = inside(KILLED, bundle_of(work, "mlp"), data_of(work, "mlp"), tmp_path, 3)
+    assert (progress["micro_batch_bound"], progress["position"]["steps"]) == (None, 0)
+    assert {b["plan"]["micro_batch"] for b in resumed["blocks"]} == {32}
+
+
+def test_m4_a_breach_that_replanning_mends_stays_in_the_report(work: Path, tmp_path: Path) -> None:
+    report, stopped = inside(BREACH, bundle_of(work, "mlp"), data_of(work, "mlp"), tmp_path)
+    assert report["process_peak_bytes"] == 1 << 40
+    assert report["steps"] == STEPS
+    found = "the process held 1024 GiB at its peak, the budget is 2 GiB"
+    gone_on = "gone on from the last commit with micro-batches of at most 32"
+    assert [note for note in report["notes"] if "ran out" in note] == [f"memory ran out ({found}); {gone_on}"]
+    assert stopped == f"{found}; use a smaller --batch and a new --out, or export more blocks"

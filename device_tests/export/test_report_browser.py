@@ -11,15 +11,22 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from device_tests.device.runs import answer
 from device_tests.device.sample_report import loaded
+from device_tests.export.test_request import request as requested
+from edgelocal.exporters.pack import export_bundle
+from edgelocal.exporters.request import ExportRequest
+from edgelocal.profiles import idle_process_bytes
+from edgelocal.report.load import load_report
 from edgelocal.report.model import parse_report
 from edgelocal.report.page import render_page
 
@@ -30,6 +37,7 @@ HEIGHT = 9000  # the whole page at once, also on a phone
 SCHEMES = {"dark": "--blink-settings=preferredColorScheme=0", "light": "--blink-settings=preferredColorScheme=1"}
 CARD = {"light": (255, 255, 255), "dark": (24, 29, 35)}
 TOLERANCE = 1.0  # pixels
+MIB, BATCH = 1 << 20, 16
 
 # A frame of the width of the device: a window of a browser without a head is at least 500 pixels wide.
 FRAME = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0">
@@ -89,14 +97,46 @@ def browse(folder: Path, raw: dict[str, Any], width: int, scheme: str) -> Drawn:
 
 
 CASES = [(1, 1280, "light"), (4, 390, "dark"), (14, 1280, "dark"), (14, 390, "light"), (54, 1280, "light")]
-CASES += [(54, 360, "light")]
+CASES += [(54, 360, "light"), (0, 1280, "light"), (0, 390, "dark")]  # 0: a run that took place
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     blocks, width, scheme = request.param
-    raw = loaded(blocks, "sequential" if blocks == 14 else "interleaved")
+    if blocks:
+        raw = loaded(blocks, "sequential" if blocks == 14 else "interleaved")
+    else:
+        raw = request.getfixturevalue("trained")
     return browse(tmp_path_factory.mktemp("page"), raw, width, scheme)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of a run: ResNet-8, its partition chosen for a budget, two epochs of images that tell their class."""
+    folder = tmp_path_factory.mktemp("run")
+    budget = idle_process_bytes(0) + 24 * MIB
+    asked: ExportRequest = requested(blocks="auto", rule="linear", batch=BATCH)
+    export_bundle(replace(asked, budget_bytes=budget), folder / "bundle", lambda text: None)
+    labels = np.arange(6 * BATCH) % 10
+    noise = np.random.default_rng(0).integers(0, 40, (len(labels), 3, 32, 32))
+    images = (noise + 20 * labels[:, None, None, None]).astype(np.uint8)
+    kept = {"x_train": images[BATCH:], "y_train": labels[BATCH:], "x_test": images[:BATCH], "y_test": labels[:BATCH]}
+    np.savez(folder / "data.npz", **kept)
+    given = (
+        "--out",
+        folder / "run",
+        "--epochs",
+        2,
+        "--batch",
+        BATCH,
+        "--no-augment",
+        "--memory-budget",
+        budget + 64 * MIB,
+    )
+    answer("train", folder / "bundle", "--data", folder / "data.npz", *given)
+    raw = load_report(folder / "run")
+    assert len(raw["blocks"]) > 1
+    return raw
 
 
 def test_every_chart_draws_what_the_run_has(drawn: Drawn) -> None:

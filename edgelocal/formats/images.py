@@ -29,6 +29,11 @@ from edgelocal.spec import InputSpec, TaskSpec
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp")
 MAX_IMAGE_BYTES = 64 << 20
 _CODECS = ("BMP", "JPEG", "PNG", "PPM", "WEBP")
+# A codec, and how to write an image so that reading it runs most of its decoder.
+_WARMING: tuple[tuple[str, dict[str, bool]], ...] = (
+    *(("BMP", {}), ("JPEG", {"progressive": True}), ("JPEG", {}), ("PNG", {}), ("PPM", {})),
+    *(("WEBP", {"lossless": True}), ("WEBP", {})),
+)
 _FILE_COPIES = 2  # packed and unpacked in a .zip, or the file and the decoder's own copy of it
 _PIXEL_BYTES = 24  # Pillow takes 4 for each of: image, RGBA, result; then 6 for the array, 6 for progressive JPEG
 _DECODER_BYTES = 1 << 18  # windows and line buffers of the decoders
@@ -144,6 +149,25 @@ class ImageDataset:
         for k, data in enumerate(self.tree.read(positions, MAX_IMAGE_BYTES)):
             samples[k] = decode(data, self.shape, f"{self.source}/{self.tree.names[positions[k]]}")
         return samples
+
+
+def warm_up() -> None:
+    """Load Pillow and decode an image of each format, so that code and tables of the decoders are in memory from now
+    on: they are part of the idle process, and no image that is read later adds to it. Names do not tell formats.
+
+    Raises:
+        UsageError: Pillow is not installed.
+    """
+    pillow = _pillow()
+    pillow.preinit()
+    side = 64
+    pixels = (np.arange(3 * side * side, dtype=np.uint32) * 2654435761 >> 24).astype(np.uint8)
+    image = pillow.frombytes("RGB", (side, side), pixels.tobytes())
+    for codec, options in _WARMING:
+        if codec in pillow.SAVE:  # Pillow can be built without
+            file = io.BytesIO()
+            image.save(file, codec, **options)
+            decode(file.getvalue(), (3, side, side), codec)
 
 
 def find(path: Path) -> Parts:
@@ -265,7 +289,7 @@ def _class_order(folders: list[str], task: TaskSpec, source: str) -> tuple[str, 
 
 def _pillow() -> ModuleType:
     try:
-        from PIL import Image
+        from PIL import Image, WebPImagePlugin  # noqa: F401 - else the first such image loads the plugins of all formats
     except ImportError as error:
         raise UsageError("image files need Pillow, which is not installed: pip install pillow") from error
     return Image

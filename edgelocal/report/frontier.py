@@ -24,13 +24,16 @@ def frontier_figure(report: Report) -> Figure:
         return Figure("frontier", TITLE, None, "no frontier was recorded: the bundle was not searched for a partition")
     left_over = report.working_budget_bytes()
     most = max(point.working_set_bytes for point in points)
-    budget = left_over if left_over is not None and 0 < left_over <= 1.5 * max(1, most) else None
+    fits = report.frontier_applies and left_over is not None and 0 < left_over <= 1.5 * max(1, most)
+    budget = left_over if fits else None
     x = Scale(0, 1.08 * max(most, budget or 0, 1), LEFT, RIGHT)
     low, high = padded([float(point.training_macs) for point in points], 0.14)
     y = Scale(max(0.0, low), high, BOTTOM, TOP)
+    at_batch = f" at batch {report.frontier_batch}" if report.frontier_batch else ""
+    title = f"working set{at_batch} (bytes above idle)"
     parts: list[str] = [
         y_axis(y, ticks(y.low, y.high), words.short_count, "training MACs a sample", LEFT, RIGHT),
-        x_axis(x, ticks(0, x.high, 5, size_unit(x.high)), words.size, "working set (bytes above idle)", TOP, BOTTOM),
+        x_axis(x, ticks(0, x.high, 5, size_unit(x.high)), words.size, title, TOP, BOTTOM),
     ]
     taken: list[Box] = []
     if budget is not None:
@@ -51,11 +54,15 @@ def frontier_figure(report: Report) -> Figure:
         parts.append(_mark(point, *place))
     parts += _labels(points, x, y, taken)
     described = "; ".join(f"{_label(p)} {words.size(p.working_set_bytes)}" for p in _named(points))
+    remarks = []
+    if not report.frontier_applies:
+        remarks.append(f"This run has batch {report.batch}: its working sets are not these.")
     return Figure(
         "frontier",
         TITLE,
         drawing(BOTTOM + 44, f"{TITLE}: {described}", *parts),
         legend=[("m-partition", "partitions into blocks"), ("m-chosen", "trained")],
+        remarks=remarks,
         table=_table(points),
     )
 
@@ -81,7 +88,7 @@ def _mark(point: FrontierPoint, x: float, y: float) -> Markup:
 
 
 def _label(point: FrontierPoint) -> str:
-    return point.kind if point.kind != "partition" else words.blocks_text(point.blocks)
+    return words.marked(point.kind if point.kind != "partition" else words.blocks_text(point.blocks), point)
 
 
 def _named(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
@@ -129,7 +136,7 @@ def _table(points: Sequence[FrontierPoint]) -> list[list[str]]:
     for p in points:
         rows.append(
             [
-                p.kind,
+                words.marked(p.kind, p),
                 words.count(p.blocks),
                 words.size(p.working_set_bytes),
                 words.ratio(p.working_set_bytes, bp.working_set_bytes if bp else None),

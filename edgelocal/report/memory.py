@@ -137,7 +137,7 @@ def _table(report: Report) -> list[list[str]]:
                 *(words.size((b.predicted or {}).get(kind)) for kind in used),
                 words.size(b.predicted_bytes),
                 words.size(b.working_set_bytes),
-                words.ratio(b.working_set_bytes, b.predicted_bytes),
+                words.ratio(b.predicted_bytes, b.working_set_bytes),
                 batches,
                 words.size(b.arena_bytes),
                 words.size(b.predicted_arena_bytes),

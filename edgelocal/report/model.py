@@ -11,7 +11,7 @@ from typing import Any
 
 from edgelocal.decode import decode, expect
 
-LARGEST = float(1 << 63)
+LARGEST = 1e100  # far above a float32, whose losses may be anything finite; sums of it are still floats
 
 # What happens in the memory of a block's working set, in the order of the charts. Ten kinds are more than colours can
 # tell apart, so charts join neighbours; the tables keep all.
@@ -78,13 +78,21 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """A way to train the network: kind ("partition", "bp", ...), blocks, bytes and multiply-accumulates of a step."""
+    """A way to train the network: kind ("partition", "bp", ...), blocks, bytes with batches of `batch` samples (that of
+    the export), and multiply-accumulates of a step for each sample."""
 
     kind: str
     blocks: int
     working_set_bytes: int
     training_macs: int
     chosen: bool | None = None
+    batch: int | None = None
+    estimated: bool | None = None
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether the bytes are a guess; where a report does not say, checkpointing is one."""
+        return self.kind == "checkpointing" if self.estimated is None else self.estimated
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,16 @@ class Report:
     def metric(self) -> str:
         """Key of the score beside the loss."""
         return "mean_absolute_error" if self.loss == "mse" else "accuracy"
+
+    @property
+    def frontier_batch(self) -> int | None:
+        """The batch of the export, which the bytes of the frontier are for."""
+        return self.frontier[0].batch if self.frontier else None
+
+    @property
+    def frontier_applies(self) -> bool:
+        """Whether the frontier is for the batch of this run, as far as is known."""
+        return not self.frontier_batch or not self.batch or self.frontier_batch == self.batch
 
     def working_budget_bytes(self) -> int | None:
         """What the budget leaves above the idle process."""
@@ -208,7 +226,7 @@ def _known(kind: Any, raw: Any) -> Any:
 def _check_numbers(values: Any, where: str) -> None:
     """Sizes, times, counts and losses are not negative (-1: no block), and what is drawn must be a float."""
     if isinstance(values, int | float):
-        expect(-1 <= values <= LARGEST, where, "a number from 0 to 2^63", values)
+        expect(-1 <= values <= LARGEST, where, f"a number from 0 to {LARGEST:g}", values)
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     for key, value in items:
         _check_numbers(value, f"{where}.{key}")

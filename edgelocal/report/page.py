@@ -50,7 +50,7 @@ def _charts(report: Report) -> Markup:
     """The charts in two columns of about one height; on a phone one column, in their order."""
     figures = [figure(report) for figure in FIGURES]
     cards = [(figure.height, figure.html()) for figure in figures]
-    sentences = words.comparison(report.frontier or ())
+    sentences = words.comparison(report)
     cards.append((60 + 75 * max(1, len(sentences)), _beside_bp(sentences)))
     columns: tuple[list[Markup], list[Markup]] = ([], [])
     heights = [0.0, 0.0]

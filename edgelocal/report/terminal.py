@@ -75,7 +75,7 @@ def closing_lines(raw: dict[str, Any]) -> str:
     """The result in a sentence, then disk traffic, comparison and notes, a line each."""
     report = parse_report(raw)
     lines = [report.unfinished or "", words.conclusion(report), words.disk_text(report)]
-    lines += words.comparison(report.frontier or ())
+    lines += words.comparison(report)
     lines += [f"note: {note}" for note in report.notes or ()]
     return "\n".join(line for line in lines if line)
 
@@ -111,7 +111,7 @@ def _memory(report: Report) -> Table:
             Text(block.name),
             words.size(predicted),
             words.size(measured),
-            words.ratio(measured, predicted),
+            words.ratio(predicted, measured),
             _bar(report, block),
         )
     return table

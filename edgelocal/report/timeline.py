@@ -65,10 +65,18 @@ def _axes(x: Scale, y: Scale) -> list[Markup]:
 
 
 def _turns(points: Sequence[tuple[float, ...]]) -> list[tuple[int, float, float]]:
-    """(block or -1, first second, last second) of stretches in which one block worked."""
+    """(block or -1, first second, last second) of stretches in which one block worked; what lies between two steps of a
+    block is part of its stretch."""
     stretches = [(int(block), list(group)) for block, group in groupby(points, key=lambda point: point[2])]
     ends = [group[0][0] for _, group in stretches[1:]] + [points[-1][0]]
-    return [(block, group[0][0], end) for (block, group), end in zip(stretches, ends, strict=True)]
+    turns: list[tuple[int, float, float]] = []
+    for (block, group), end in zip(stretches, ends, strict=True):
+        start = group[0][0]
+        if [turn[0] for turn in turns[-2:]] == [block, -1]:
+            start = turns[-2][1]
+            del turns[-2:]
+        turns.append((block, start, end))
+    return turns
 
 
 def _strip(report: Report, turns: list[tuple[int, float, float]], x: Scale) -> list[Markup]:

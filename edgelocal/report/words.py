@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from edgelocal.advice import advice_on
 from edgelocal.budget import format_size
 from edgelocal.report.model import FrontierPoint, Report
 
@@ -123,19 +124,27 @@ def chosen_point(points: Sequence[FrontierPoint]) -> FrontierPoint | None:
     return next((point for point in points if point.chosen), None)
 
 
-def comparison(points: Sequence[FrontierPoint]) -> list[str]:
-    """What was chosen beside backpropagation and the others, a sentence each."""
+def comparison(report: Report) -> list[str]:
+    """What was chosen beside backpropagation and the others, and which is the better choice, a sentence each; for a
+    run with another batch than the export's only that it cannot be said."""
+    points = report.frontier or ()
     chosen = chosen_point(points)
     bp = next((point for point in points if point.kind == "bp"), None)
     if chosen is None:
         return []
-    name = f"{blocks_text(chosen.blocks)}" if chosen.kind == "partition" else f"{_name(chosen)}"
+    if not report.frontier_applies:
+        return [
+            f"The export weighed ways to train at batch {report.frontier_batch}, and this run has batch "
+            f"{report.batch}: export with that batch to compare it with backpropagation."
+        ]
+    at_batch = f" at batch {report.frontier_batch}" if report.frontier_batch else ""
     first = (
-        f"What was trained ({name}) has a working set of {size(chosen.working_set_bytes)} and "
-        f"{short_count(chosen.training_macs)} multiply-accumulates a sample, as predicted"
+        f"What was trained ({_name(chosen)}) has a working set of {size(chosen.working_set_bytes)}{at_batch} "
+        f"with nothing else loaded, and {short_count(chosen.training_macs)} multiply-accumulates a sample, as the "
+        "export predicted"
     )
     if bp is None or bp is chosen:
-        return [f"{first}."]
+        return [f"{first}.", *_advice(points)]
     found = [f"{first}: {_beside(chosen, bp)} of backpropagation ({size(bp.working_set_bytes)})."]
     others = [point for point in points if point.kind not in ("partition", "bp") and point is not chosen]
     for kind in dict.fromkeys(point.kind for point in others):
@@ -143,11 +152,23 @@ def comparison(points: Sequence[FrontierPoint]) -> list[str]:
         found.append(
             f"{_name(best).capitalize()}: {size(best.working_set_bytes)}, {_beside(best, bp)} of backpropagation."
         )
-    return found
+    return found + _advice(points)
+
+
+def marked(name: str, point: FrontierPoint) -> str:
+    """`name`, marked if the bytes of the point are an estimate."""
+    return f"{name} (estimate)" if point.is_estimate else name
 
 
 def _name(point: FrontierPoint) -> str:
-    return NAMES.get(point.kind, point.kind)
+    name = blocks_text(point.blocks) if point.kind == "partition" else NAMES.get(point.kind, point.kind)
+    return marked(name, point)
+
+
+def _advice(points: Sequence[FrontierPoint]) -> list[str]:
+    """What `export` says of its choice, as a sentence."""
+    advice = advice_on(points)
+    return [f"{advice[0].upper()}{advice[1:]}."] if advice else []
 
 
 def _beside(point: FrontierPoint, bp: FrontierPoint) -> str:

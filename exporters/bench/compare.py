@@ -1,17 +1,17 @@
 """`edgelocal bench memory`: PyTorch and edgelocal side by side, each variant in its own process, rounds interleaved.
 
 PyTorch stands for what a user would do instead: plain back-propagation, the best uniform activation checkpointing, and
-a batch cut until it needs as little. Its allocator keeps freed memory unless told otherwise, so each is measured twice,
-as it is and with glibc's MALLOC_MMAP_THRESHOLD_ set, which costs time and gives memory back.
+a batch cut until it needs as little as blocks of one unit, and as each searched partition. Its allocator keeps freed
+memory unless told otherwise, so each is measured twice, as it is and with glibc's MALLOC_MMAP_THRESHOLD_ set, which
+costs time and gives memory back.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from rich.table import Table
 from edgelocal.budget import format_size
 from edgelocal.bundle import open_bundle
 from edgelocal.device import describe
-from edgelocal.errors import BudgetError
+from edgelocal.errors import BudgetError, UsageError
 from edgelocal.exporters.bench.own_side import Bundle, export_variant, measure_own, write_samples
-from edgelocal.exporters.bench.result import Measurement, Setting, combine
+from edgelocal.exporters.bench.result import LEAST_BATCH, Measurement, Setting
+from edgelocal.exporters.bench.rounds import Figures, Variant, check_writable, write_figures
 from edgelocal.exporters.bench.torch_side import (
+    SEARCH_STEPS,
     batch_at_peak,
     best_checkpointing,
     measure_bp,
@@ -35,102 +37,88 @@ Say = Callable[[str], None]
 SHARES = (0.5, 0.25, 0.12)  # of PyTorch's working set: the budgets of the partitions
 _IDLE_VARIES = 1 << 20  # from one process to the next
 _TUNED = " (malloc tuned)"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Something to measure, once a round."""
-
-    name: str
-    run: Callable[[], Measurement]
+_PER_UNIT = "edgelocal, a block for every unit"
+_PARTITION = "edgelocal, partition for "
 
 
 def bench_memory(setting: Setting, rounds: int, out: Path | None, say: Say) -> dict[str, Any]:
-    """Measure everything and return plain values, which are also written to `out` if it is given.
+    """Measure everything and return plain values; after every round they are also written to `out`, if it is given.
 
     Raises:
         UsageError: a worker failed, or a setting is out of range.
+        StorageError: `out` cannot be written.
     """
     setting.check()
-    tuned = replace(setting, tuned=True)
-    with tempfile.TemporaryDirectory(prefix="edgelocal-bench-") as place:
-        folder = Path(place)
-        plain = measure_bp(setting)
-        say(f"PyTorch holds {format_size(plain.working_set_bytes)} above its idle process")
-        segments = best_checkpointing(setting, say).segments
-        tuned_segments = best_checkpointing(tuned, say).segments
-        variants = [
-            Variant("PyTorch", lambda: measure_bp(setting)),
-            Variant("PyTorch" + _TUNED, lambda: measure_bp(tuned)),
-            Variant(f"PyTorch, {segments} checkpoints", lambda: measure_checkpointed(setting, segments)),
-            Variant(
-                f"PyTorch, {tuned_segments} checkpoints" + _TUNED, lambda: measure_checkpointed(tuned, tuned_segments)
-            ),
-        ]
-        own, skipped = _own_variants(setting, plain.working_set_bytes, folder, say)
-        variants += own
-        results = _rounds(variants, rounds, skipped, say)
-        least = results[_PER_UNIT].working_set_bytes
-        cut = batch_at_peak(setting, least, say)
-        cut_tuned = batch_at_peak(tuned, least, say)
-    found = {
-        "network": setting.network,
-        "input": setting.input,
-        "batch": setting.batch,
-        "rounds": rounds,
-        "steps": setting.steps,
-        "machine": {"machine": platform.machine(), "cores": describe().cores, "threads": setting.threads},
-        "variants": [{"name": name, **_row(value)} for name, value in results.items()],
-        "cut_batches": [
-            {"name": name, **_row(value)}
-            for name, value in (("PyTorch, batch cut", cut), ("PyTorch, batch cut" + _TUNED, cut_tuned))
-            if value is not None
-        ],
-        "skipped": skipped,
-    }
+    if rounds < 1:
+        raise UsageError(f"--rounds is {rounds}, expected at least 1")
     if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        check_writable(out)
+    figures, cuts = Figures(say), []
+    with tempfile.TemporaryDirectory(prefix="edgelocal-bench-") as folder:
+        variants = _variants(setting, Path(folder), figures, say)
+        for number in range(1, rounds + 1):
+            where = f"round {number} of {rounds}"
+            figures.measure(variants, where)
+            if number == 1:
+                cuts = _cut_batches(setting, figures, say)
+                smaller = _smaller(setting, cuts)
+                figures.measure(smaller, where)
+                variants += smaller
+            found = _found(setting, rounds, number, figures, cuts)
+            if out is not None:
+                write_figures(out, found)
     return found
 
 
-_PER_UNIT = "edgelocal, a block for every unit"
+def _variants(setting: Setting, folder: Path, figures: Figures, say: Say) -> list[Variant]:
+    """PyTorch's and ours, but for the batches that are cut to what ours need."""
+    plain = measure_bp(setting)
+    say(f"PyTorch holds {format_size(plain.working_set_bytes)} above its idle process")
+    settings = (("", setting), (_TUNED, replace(setting, tuned=True)))
+    segments = [best_checkpointing(given, say).segments for _, given in settings]
+    found = [_plain(f"PyTorch{suffix}", given) for suffix, given in settings]
+    found += [
+        _checkpointed(f"PyTorch, {count} checkpoints{suffix}", given, count)
+        for count, (suffix, given) in zip(segments, settings, strict=True)
+    ]
+    return found + _own_variants(setting, plain.working_set_bytes, folder, figures, say)
 
 
-def _own_variants(
-    setting: Setting, plain_bytes: int, folder: Path, say: Say
-) -> tuple[list[Variant], list[dict[str, str]]]:
+def _plain(name: str, setting: Setting) -> Variant:
+    return Variant(name, lambda: measure_bp(setting))
+
+
+def _checkpointed(name: str, setting: Setting, segments: int) -> Variant:
+    return Variant(name, lambda: measure_checkpointed(setting, segments))
+
+
+def _own_variants(setting: Setting, plain_bytes: int, folder: Path, figures: Figures, say: Say) -> list[Variant]:
     """Back-propagation in one block, blocks of one unit, and for each budget both the searched partition and these."""
     data = folder / "data.npz"
     write_samples(setting, data)
-    numbers = iter(range(1_000_000))
-
-    def variant(bundle: Bundle, budget: int | None = None) -> Variant:
-        return Variant(
-            bundle.variant, lambda: measure_own(setting, bundle, data, folder / f"run{next(numbers)}", budget)
-        )
-
+    runs = (folder / f"run{number}" for number in range(1_000_000))
     bp = export_variant(setting, folder / "bp", "edgelocal, back-propagation in one block", say, rule="bp")
     units = export_variant(setting, folder / "units", _PER_UNIT, say, rule="auglocal", blocks="per-unit")
     first = measure_own(setting, units, data, folder / "first")
-    variants = [variant(bp), variant(units, _smallest(setting, units, first, say))]
-    skipped: list[dict[str, str]] = []
+    found = [
+        _trained(setting, bp, data, runs),
+        _trained(setting, units, data, runs, _smallest(setting, units, first, say)),
+    ]
     for share in SHARES:
         budget = first.idle_bytes + int(share * plain_bytes)
         label = f"{share:.0%} of PyTorch"
         try:
-            chosen = export_variant(
-                setting,
-                folder / f"fit{share}",
-                f"edgelocal, partition for {label}",
-                say,
-                rule="auglocal",
-                budget=str(budget),
-            )
-            variants.append(variant(chosen, budget))
+            place, name = folder / f"fit{share}", f"{_PARTITION}{label}"
+            chosen = export_variant(setting, place, name, say, rule="auglocal", budget=str(budget))
+            found.append(_trained(setting, chosen, data, runs, budget))
         except BudgetError as error:
-            skipped.append({"name": f"edgelocal, partition for {label}", "why": str(error)})
-        variants.append(variant(replace(units, variant=f"{_PER_UNIT}, {label}"), budget))
-    return variants, skipped
+            figures.skip(name, str(error))
+        found.append(_trained(setting, replace(units, variant=f"{_PER_UNIT}, {label}"), data, runs, budget))
+    return found
+
+
+def _trained(setting: Setting, bundle: Bundle, data: Path, runs: Iterator[Path], budget: int | None = None) -> Variant:
+    return Variant(bundle.variant, lambda: measure_own(setting, bundle, data, next(runs), budget))
 
 
 def _smallest(setting: Setting, units: Bundle, first: Measurement, say: Say) -> int:
@@ -149,25 +137,56 @@ def _smallest(setting: Setting, units: Bundle, first: Measurement, say: Say) -> 
     return budget
 
 
-def _rounds(variants: list[Variant], rounds: int, skipped: list[dict[str, str]], say: Say) -> dict[str, Measurement]:
-    """Every variant once a round; medians over the rounds. What does not fit its budget goes to `skipped`."""
-    found: dict[str, list[Measurement]] = {}
-    for number in range(rounds):
-        for variant in variants:
-            if number and variant.name not in found:
-                continue
-            try:
-                result = variant.run()
-            except BudgetError as error:
-                say(f"{variant.name}: {error}")
-                skipped.append({"name": variant.name, "why": str(error)})
-                continue
-            found.setdefault(variant.name, []).append(result)
-            say(
-                f"round {number + 1} of {rounds}, {variant.name}: {format_size(result.working_set_bytes)}, "
-                f"{1000 * result.time_per_sample_s:.2f} ms a sample"
-            )
-    return {name: combine(results) for name, results in found.items()}
+def _cut_batches(setting: Setting, figures: Figures, say: Say) -> list[dict[str, Any]]:
+    """The batches with which PyTorch needs as little as ours did: the blocks of one unit with the least budget, and
+    every searched partition. Those for which no batch is small enough are left out of the rounds."""
+    found = []
+    for suffix, given in (("", setting), (_TUNED, replace(setting, tuned=True))):
+        probe = _remembering(replace(given, steps=min(SEARCH_STEPS, given.steps)))
+        for name, own in figures.results().items():
+            if name == _PER_UNIT or name.startswith(_PARTITION):
+                fitted = batch_at_peak(given, own.working_set_bytes, say, probe)
+                if fitted is None:
+                    why = f"a batch of {LEAST_BATCH} needs more than {format_size(own.working_set_bytes)}"
+                    figures.skip(f"PyTorch, batch cut to the peak of: {name}{suffix}", why)
+                else:
+                    variant = f"PyTorch, batch cut to {fitted.batch}{suffix}"
+                    found.append({"peak_of": name, "batch": fitted.batch, "tuned": given.tuned, "variant": variant})
+    return found
+
+
+def _remembering(short: Setting) -> Callable[[Setting], Measurement]:
+    """Measures every batch once, in few steps: several bisections ask for the same."""
+    known: dict[int, Measurement] = {}
+
+    def measure(given: Setting) -> Measurement:
+        if given.batch not in known:
+            known[given.batch] = measure_bp(replace(short, batch=given.batch))
+        return known[given.batch]
+
+    return measure
+
+
+def _smaller(setting: Setting, cuts: list[dict[str, Any]]) -> list[Variant]:
+    """PyTorch with each of the cut batches."""
+    wanted = {cut["variant"]: replace(setting, batch=cut["batch"], tuned=cut["tuned"]) for cut in cuts}
+    return [_plain(name, given) for name, given in wanted.items()]
+
+
+def _found(setting: Setting, rounds: int, done: int, figures: Figures, cuts: list[dict[str, Any]]) -> dict[str, Any]:
+    """`partial` is the number of rounds that are done, None when all are."""
+    return {
+        "network": setting.network,
+        "input": setting.input,
+        "batch": setting.batch,
+        "rounds": rounds,
+        "partial": None if done == rounds else done,
+        "steps": setting.steps,
+        "machine": {"machine": platform.machine(), "cores": describe().cores, "threads": setting.threads},
+        "variants": [{"name": name, **_row(value)} for name, value in figures.results().items()],
+        "cut_batches": cuts,
+        "skipped": list(figures.skipped),
+    }
 
 
 def _row(found: Measurement) -> dict[str, Any]:
@@ -182,9 +201,8 @@ def bench_table(found: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("variant", "batch", "working set", "of PyTorch", "process", "ms a sample", "of PyTorch"):
         table.add_column(name, justify="left" if name == "variant" else "right", overflow="fold")
-    rows = [*found["variants"], *found["cut_batches"]]
-    first = rows[0]
-    for row in rows:
+    first = found["variants"][0]
+    for row in found["variants"]:
         table.add_row(
             row["name"],
             str(row["batch"]),

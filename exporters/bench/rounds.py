@@ -1,0 +1,85 @@
+"""Variants measured in turn, round after round, and the file that has the figures of every whole round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgelocal.budget import format_size
+from edgelocal.errors import BudgetError, UsageError
+from edgelocal.exporters.bench.result import Measurement, combine
+from edgelocal.store import atomic_write
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something to measure, once a round."""
+
+    name: str
+    run: Callable[[], Measurement]
+
+
+class Figures:
+    """What was measured so far, and in `skipped` what was not and why."""
+
+    def __init__(self, say: Say) -> None:
+        self.skipped: list[dict[str, str]] = []
+        self._say = say
+        self._found: dict[str, list[Measurement]] = {}
+        self._failed: set[str] = set()
+
+    def skip(self, name: str, why: str) -> None:
+        """Leave a variant out from now on."""
+        self._say(f"{name}: {why}")
+        self.skipped.append({"name": name, "why": why})
+        self._failed.add(name)
+
+    def measure(self, variants: Sequence[Variant], where: str) -> None:
+        """Each variant once; one that does not fit its budget is left out from then on."""
+        for variant in variants:
+            if variant.name in self._failed:
+                continue
+            try:
+                result = variant.run()
+            except BudgetError as error:
+                self.skip(variant.name, str(error))
+                continue
+            self._found.setdefault(variant.name, []).append(result)
+            self._say(
+                f"{where}, {variant.name}: {format_size(result.working_set_bytes)}, "
+                f"{1000 * result.time_per_sample_s:.2f} ms a sample"
+            )
+
+    def results(self) -> dict[str, Measurement]:
+        """Medians over the rounds, by the name of the variant."""
+        return {name: combine(rounds) for name, rounds in self._found.items()}
+
+
+def check_writable(path: Path) -> None:
+    """That the figures can be written to `path` when there are any.
+
+    Raises:
+        UsageError: it is a folder, or its folder does not exist.
+        StorageError: the system refuses to write there.
+    """
+    if path.is_dir():
+        raise UsageError(f"--out {path} is a folder; give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--out {path}: the folder {path.absolute().parent} does not exist; make it first")
+    probe = path.with_name(f".{path.name}.probe")
+    atomic_write(probe, [b"{}"])
+    probe.unlink()
+
+
+def write_figures(path: Path, figures: dict[str, Any]) -> None:
+    """Replace the file by these figures, whole or not at all.
+
+    Raises:
+        StorageError: the system refuses to write there.
+    """
+    atomic_write(path, [(json.dumps(figures, indent=1) + "\n").encode()])
