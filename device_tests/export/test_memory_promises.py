@@ -15,6 +15,7 @@ from memory_promises import MIB, Row
 
 from device_tests.device.runs import ENVIRONMENT, answer, assert_same_bits, last_state
 from edgelocal.bundle import open_bundle
+from edgelocal.plan import steady_idle
 
 BATCH, STEPS = 64, 4
 NETWORKS = ("mlp", "resnet8", "vgg11")  # linear layers; residual, with batch norm; max-pooling, large weights
@@ -73,7 +74,6 @@ from edgelocal.cli import train as command
 from edgelocal.console import error_console
 from edgelocal.errors import BudgetError, OverBudgetError
 from edgelocal.progress import Display
-from edgelocal.plan import steady_idle
 from edgelocal.session import reserve, start
 from edgelocal.training import make_request, train
 
