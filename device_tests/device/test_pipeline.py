@@ -90,20 +90,21 @@ def test_the_bound_holds_and_is_near(tmp_path: Path, name: str, batch: int) -> N
     path = make(tmp_path)
     with open_dataset(path, "train", spec, task(), tmp_path) as data:
         one_batch(data, spec, augment, 1)  # what is imported and cached once is no matter of the data
-    measured = 1 << 62
+    kept = measured = 1 << 62
     for _ in range(3):  # the least: what other threads of the test runner allocate meanwhile is counted too
         tracemalloc.start()
         try:
             with open_dataset(path, "train", spec, task(), tmp_path) as data:
-                kept = tracemalloc.get_traced_memory()[0]
+                kept = min(kept, tracemalloc.get_traced_memory()[0])
                 tracemalloc.reset_peak()
                 one_batch(data, spec, augment, batch)
                 measured = min(measured, tracemalloc.get_traced_memory()[1])
-                assert data.resident_bytes + 16384 >= kept
+                resident = data.resident_bytes
                 predicted = pipeline_bytes([data], batch, spec, augment)
         finally:
             tracemalloc.stop()
-    print(f"{name}, batch {batch}: predicted {predicted}, measured {measured}")
+    print(f"{name}, batch {batch}: predicted {predicted}, measured {measured}; kept {kept}")
+    assert kept <= resident + 16384
     assert measured <= predicted <= 1.5 * measured + MIB
 
 
