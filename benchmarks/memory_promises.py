@@ -28,7 +28,9 @@ import numpy as np
 
 from edgelocal.bundle import open_bundle
 from edgelocal.device import describe
-from edgelocal.plan import PipelineBytes, make_thresholds
+from edgelocal.needs import PipelineBytes
+from edgelocal.peaks import Workload
+from edgelocal.plan import make_thresholds, steady_idle
 from edgelocal.spec import Manifest
 
 MIB = 1 << 20
@@ -55,10 +57,9 @@ give_back()
 idle = rss_bytes()
 manifest = bundle.manifest
 sets = [d for d in open_data(Path(sys.argv[2]), None, manifest, Path(sys.argv[2]).parent) if d is not None]
-resident = sum(d.resident_bytes for d in sets) + 8 * len(sets[0])
-making = pipeline_bytes(sets, int(sys.argv[3]), manifest.input, manifest.augment) - resident
-data = int(re.search(r"VmData:\\s+([0-9]+)", Path("/proc/self/status").read_text())[1]) << 10
-print(json.dumps({"idle": idle, "data": data, "resident": resident, "making": max(0, making)}))
+data = pipeline_bytes(sets, int(sys.argv[3]), manifest.input, manifest.augment)
+space = int(re.search(r"VmData:\\s+([0-9]+)", Path("/proc/self/status").read_text())[1]) << 10
+print(json.dumps({"idle": idle, "data": space, "resident": data.resident, "making": data.making}))
 """
 
 
@@ -181,20 +182,21 @@ def probe(bundle: Path, data: Path, batch: int) -> Idle:
 def budgets(manifest: Manifest, idle: Idle, batch: int) -> dict[str, int]:
     """Name -> bytes, in whole MiB: everything in memory, everything paged, micro-batches.
 
-    The idle process is another one each time by some hundred KiB, so there is half a MiB for it.
+    The idle process is another one each time by some hundred KiB, which may count as another MiB.
     """
-    found = make_thresholds(
+    work = Workload.of(
         manifest,
         batch=batch,
         schedule="interleaved",
-        idle_bytes=idle.idle,
+        idle_bytes=steady_idle(idle.idle) + MIB,
         pipeline=PipelineBytes(idle.resident, idle.making),
         validates=True,
         threads=describe().cores,
     )
+    found = make_thresholds(work)
     micro = (found.least + found.batch) // 2
     wanted = {"resident": found.everything, "paged": found.batch, "micro-batches": micro}
-    return {name: -(-(size + MIB // 2) // MIB) * MIB for name, size in wanted.items()}
+    return {name: -(-size // MIB) * MIB for name, size in wanted.items()}
 
 
 def data_limit(manifest: Manifest, idle: Idle, budget: int) -> int:

@@ -21,6 +21,7 @@ from edgelocal.augment import permutation
 from edgelocal.errors import DataError, UsageError
 from edgelocal.formats import cifar, idx, images, npy
 from edgelocal.formats.base import Dataset, Indices, Labels, Opener, Parts, Samples, Split, visible
+from edgelocal.needs import PipelineBytes
 from edgelocal.spec import AugmentSpec, InputSpec, TaskSpec
 
 __all__ = [
@@ -166,8 +167,9 @@ def pipeline_bytes(
     batch: int,
     input: InputSpec,  # noqa: A002 - the manifest's word for it
     augment: AugmentSpec | None,
-) -> int:
-    """Upper bound of what the data takes in memory: all `datasets` are open, one of them gives batches of `batch`.
+) -> PipelineBytes:
+    """Upper bound of what the data takes in memory: all `datasets` are open, the first is trained on, and one of them
+    gives batches of `batch`.
 
     That is labels and names; the order of an epoch; and for one batch what is read, augmented and prepared. The batch
     that `prepare` gave counts until the next is asked for. Opening a dataset takes more, for a moment, before any
@@ -177,7 +179,9 @@ def pipeline_bytes(
         max(_SHUFFLE_BYTES * len(data), _ORDER_BYTES * len(data) + _batch_bytes(data, batch, input, augment))
         for data in datasets
     ]
-    return sum(data.resident_bytes for data in datasets) + max(working) + _OVERHEAD
+    order = _ORDER_BYTES * len(datasets[0])
+    resident = sum(data.resident_bytes for data in datasets) + order
+    return PipelineBytes(resident, max(0, max(working) + _OVERHEAD - order))
 
 
 def _batch_bytes(data: Sizes, batch: int, spec: InputSpec, augment: AugmentSpec | None) -> int:

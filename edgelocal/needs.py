@@ -28,6 +28,19 @@ KIND_OF = {"param": "parameters", "opt": "optimizer", "buf": "buffers"}
 
 
 @dataclass(frozen=True)
+class PipelineBytes:
+    """What the data pipeline holds: all the time, and besides at most while a batch is made."""
+
+    resident: int
+    making: int
+
+    @property
+    def total(self) -> int:
+        """All of it, at its most."""
+        return self.resident + self.making
+
+
+@dataclass(frozen=True)
 class Way:
     """One way of a batch through a block: the model of its larger graph, the graphs it runs, and `written`, the bytes
     by kind of what it keeps outside of the arena besides the state."""

@@ -1,4 +1,4 @@
-"""The peak of a network at one batch, as sums: what lies in the runtime's arena, and what beside it.
+"""The peak of a training at one batch, as sums: what lies in the runtime's arena, and what beside it.
 
 The arena once touched stays, and has one region for all graphs of the process. So the process's peak is the most that
 any run touches of it, the table of the largest region that any run needs, and the most that lies beside.
@@ -18,20 +18,12 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TypeAlias
 
-from edgelocal.needs import BlockNeeds, Way, loaded_bytes
-from edgelocal.spec import ArenaBytes, GraphSpec
+from edgelocal.needs import BlockNeeds, PipelineBytes, Way, block_needs, loaded_bytes
+from edgelocal.spec import ArenaBytes, GraphSpec, Manifest
 
 RUNTIME_BYTES = 11 << 19  # code and tables of the runtime that its first steps touch (measured, docs/promises.md)
 
 ALL_TRIED = 512  # batches up to this are all tried for the largest that fits
-
-
-@dataclass(frozen=True)
-class PipelineBytes:
-    """What the data pipeline holds: all the time, and at most while a batch is made (without the batch itself)."""
-
-    resident: int
-    making: int
 
 
 Pipeline: TypeAlias = PipelineBytes | Callable[[int], PipelineBytes]  # known, or as a function of the batch
@@ -52,9 +44,12 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Network:
-    """The blocks of a network with a batch: sums of bytes. `most` is the largest micro-batch, `pipeline_at` what the
-    data takes at a batch, `validates` whether batches also pass through the whole network in inference mode."""
+class Workload:
+    """What is to be planned: the blocks of a network with a batch, and what is around them, in bytes.
+
+    `most` is the largest micro-batch, `idle` the process before it plans, `pipeline_at` what the data takes at a batch,
+    `validates` whether batches also pass through the whole network in inference mode, `threads` those of each graph.
+    """
 
     needs: tuple[BlockNeeds, ...]
     batch: int
@@ -64,6 +59,28 @@ class Network:
     pipeline_at: Callable[[int], PipelineBytes]
     validates: bool
     threads: int
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        *,
+        batch: int,
+        schedule: str,
+        idle_bytes: int,
+        pipeline: Pipeline,
+        validates: bool,
+        micro_batch: int | None = None,
+        threads: int = 1,
+    ) -> Workload:
+        """The blocks of a bundle; `micro_batch` is an upper bound for all of them."""
+        needs = tuple(block_needs(block) for block in manifest.blocks)
+        most = min(batch, micro_batch or batch)
+
+        def pipeline_at(samples: int) -> PipelineBytes:
+            return pipeline(samples) if callable(pipeline) else pipeline
+
+        return cls(needs, batch, most, schedule, idle_bytes, pipeline_at, validates, threads)
 
     @cached_property
     def pipeline(self) -> PipelineBytes:
@@ -98,7 +115,7 @@ class Network:
             above = n
         return next((n for n in range(above - 1, 0, -1) if self._smaller(n).fits(budget)), 0)
 
-    def _smaller(self, batch: int) -> Network:
+    def _smaller(self, batch: int) -> Workload:
         """The same with a smaller batch."""
         return replace(self, batch=batch, most=min(self.most, batch))
 

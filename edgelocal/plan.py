@@ -1,4 +1,4 @@
-"""bundle + budget + device -> Plan: arithmetic on the manifest's memory model, no graph is loaded.
+"""workload + budget -> Plan: arithmetic on the manifest's memory model, no graph is loaded.
 
 What a process holds while block b works, above the idle process:
 
@@ -28,21 +28,8 @@ from typing import Any
 
 from edgelocal.budget import format_size
 from edgelocal.errors import BudgetError
-from edgelocal.needs import block_needs
-from edgelocal.peaks import ALL_TRIED, RUNTIME_BYTES, Network, Pipeline, PipelineBytes
+from edgelocal.peaks import ALL_TRIED, RUNTIME_BYTES, Workload
 from edgelocal.spec import ARENA_TABLE, Manifest, table_bytes
-
-__all__ = [
-    "RUNTIME_BYTES",
-    "BlockPlan",
-    "PipelineBytes",
-    "Plan",
-    "Thresholds",
-    "has_model",
-    "make_plan",
-    "make_thresholds",
-    "steady_idle",
-]
 
 _IDLE_STEP, _IDLE_SLACK = 1 << 20, 128 << 10  # equal processes differ by 4 to 120 KiB
 
@@ -133,62 +120,33 @@ class Thresholds:
     least: int
 
 
-def make_plan(
-    manifest: Manifest,
-    *,
-    batch: int,
-    schedule: str,
-    idle_bytes: int,
-    pipeline: Pipeline,
-    budget_bytes: int | None,
-    validates: bool,
-    micro_batch: int | None = None,
-    wanted: Sequence[int] | None = None,
-    threads: int = 1,
-) -> Plan:
-    """The plan that gives up least; where `wanted` fits, the one of those with these micro-batches.
-
-    Args:
-        micro_batch: an upper bound for all blocks.
-        wanted: a micro-batch for each block, lowered to what the bound and the batch allow.
-        validates: whether the run also passes samples through the whole network.
-        threads: of each loaded graph.
+def make_plan(work: Workload, budget_bytes: int | None, wanted: Sequence[int] | None = None) -> Plan:
+    """The plan that gives up least; where it fits, the one of those with the micro-batches `wanted`, one for each
+    block, lowered to what the workload allows.
 
     Raises:
         BudgetError: no plan fits; the message names the block, what it needs and the smallest budget that would do.
     """
-    network = _network(manifest, batch, schedule, idle_bytes, pipeline, validates, micro_batch, threads)
     plan = None
-    if wanted is not None and len(wanted) == len(network.needs):
-        plan = _with_micro(network, [min(size, network.most) for size in wanted], budget_bytes)
-    plan = plan or _least_given_up(network, budget_bytes)
+    if wanted is not None and len(wanted) == len(work.needs):
+        plan = _with_micro(work, [min(size, work.most) for size in wanted], budget_bytes)
+    plan = plan or _least_given_up(work, budget_bytes)
     if plan is None:
         assert budget_bytes is not None, "without a budget everything is kept"
-        raise BudgetError(_refusal(network, budget_bytes))
+        raise BudgetError(_refusal(work, budget_bytes))
     return plan
+
+
+def make_thresholds(work: Workload) -> Thresholds:
+    """The budgets at which the plan gives something up."""
+    kept, fewer, paged = (_plan(work, work.uncut, mode, None).peak_bytes for mode in (_ALL, _STATES, _NOTHING))
+    return Thresholds(kept, fewer, paged, work.least)
 
 
 def steady_idle(measured_bytes: int) -> int:
     """What counts as the idle process of `measured_bytes`: whole MiB, at least 128 KiB more than was measured. So plans
     and thresholds are the same in every start, but where the noise lies just at a step."""
     return -(-(measured_bytes + _IDLE_SLACK) // _IDLE_STEP) * _IDLE_STEP
-
-
-def make_thresholds(
-    manifest: Manifest,
-    *,
-    batch: int,
-    schedule: str,
-    idle_bytes: int,
-    pipeline: Pipeline,
-    validates: bool,
-    micro_batch: int | None = None,
-    threads: int = 1,
-) -> Thresholds:
-    """The budgets at which the plan gives something up; arguments as of `make_plan`."""
-    network = _network(manifest, batch, schedule, idle_bytes, pipeline, validates, micro_batch, threads)
-    kept, fewer, paged = (_plan(network, network.uncut, mode, None).peak_bytes for mode in (_ALL, _STATES, _NOTHING))
-    return Thresholds(kept, fewer, paged, network.least)
 
 
 @dataclass(frozen=True)
@@ -200,58 +158,39 @@ class _Mode:
 _ALL, _STATES, _NOTHING = _Mode(True, True), _Mode(False, True), _Mode(False, False)
 
 
-def _network(
-    manifest: Manifest,
-    batch: int,
-    schedule: str,
-    idle: int,
-    pipeline: Pipeline,
-    validates: bool,
-    micro_batch: int | None,
-    threads: int,
-) -> Network:
-    needs = tuple(block_needs(block) for block in manifest.blocks)
-    most = min(batch, micro_batch or batch)
-
-    def pipeline_at(samples: int) -> PipelineBytes:
-        return pipeline(samples) if callable(pipeline) else pipeline
-
-    return Network(needs, batch, most, schedule, idle, pipeline_at, validates, threads)
-
-
-def _least_given_up(network: Network, budget: int | None) -> Plan | None:
+def _least_given_up(work: Workload, budget: int | None) -> Plan | None:
     """The best plan that fits, None where none does."""
     for mode in (_ALL, _STATES):
-        plan = _plan(network, network.uncut, mode, budget)
+        plan = _plan(work, work.uncut, mode, budget)
         if budget is None or plan.peak_bytes <= budget:
             return plan
-    fitting = (choice for choice in network.choices() if network.idle + choice.total <= (budget or 0))
+    fitting = (choice for choice in work.choices() if work.idle + choice.total <= (budget or 0))
     choice = next(fitting, None)
-    return None if choice is None else _plan(network, choice.micro, _NOTHING, budget)
+    return None if choice is None else _plan(work, choice.micro, _NOTHING, budget)
 
 
-def _with_micro(network: Network, micro: Sequence[int], budget: int | None) -> Plan | None:
+def _with_micro(work: Workload, micro: Sequence[int], budget: int | None) -> Plan | None:
     """The best plan that fits with these micro-batches, None where none does."""
-    plans = (_plan(network, micro, mode, budget) for mode in (_ALL, _STATES, _NOTHING))
+    plans = (_plan(work, micro, mode, budget) for mode in (_ALL, _STATES, _NOTHING))
     return next((plan for plan in plans if budget is None or plan.peak_bytes <= budget), None)
 
 
-def _plan(network: Network, micro: Sequence[int], mode: _Mode, budget: int | None) -> Plan:
+def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None) -> Plan:
     """The plan with these micro-batches, whether it fits or not."""
-    graphs = network.graph_bytes(micro, every=mode.graphs)
-    arena = network.arena(micro)
+    graphs = work.graph_bytes(micro, every=mode.graphs)
+    arena = work.arena(micro)
     resident: frozenset[int] = frozenset()
     if mode.states:
-        resident = frozenset(range(len(network.needs)))
+        resident = frozenset(range(len(work.needs)))
     elif budget is not None:
-        resident = network.resident(micro, graphs, budget - network.idle - arena.total)
-    blocks = _blocks(network, micro, resident, graphs, table_bytes(arena.region))
-    peak = network.idle + arena.total + network.beside(micro, graphs, resident)
+        resident = work.resident(micro, graphs, budget - work.idle - arena.total)
+    blocks = _blocks(work, micro, resident, graphs, table_bytes(arena.region))
+    peak = work.idle + arena.total + work.beside(micro, graphs, resident)
     return Plan(
-        batch=network.batch,
-        schedule=network.schedule,
+        batch=work.batch,
+        schedule=work.schedule,
         budget_bytes=budget,
-        idle_bytes=network.idle,
+        idle_bytes=work.idle,
         graphs_bytes=None if mode.graphs else graphs,
         blocks=blocks,
         arena_bytes=arena.total,
@@ -261,17 +200,17 @@ def _plan(network: Network, micro: Sequence[int], mode: _Mode, budget: int | Non
 
 
 def _blocks(
-    network: Network, micro: Sequence[int], resident: frozenset[int], graphs: int, table: int
+    work: Workload, micro: Sequence[int], resident: frozenset[int], graphs: int, table: int
 ) -> tuple[BlockPlan, ...]:
-    batch = network.batch
-    kept = _sum(network.needs[i].state for i in resident)
+    batch = work.batch
+    kept = _sum(work.needs[i].state for i in resident)
     # The region is that of the graph that needs the largest, and so is its table, whichever block works.
-    runtime = {"runtime": RUNTIME_BYTES + graphs + table, "pipeline": network.pipeline.resident}
+    runtime = {"runtime": RUNTIME_BYTES + graphs + table, "pipeline": work.pipeline.resident}
     frozen, blocks = 0, []
-    for index, (needs, size) in enumerate(zip(network.needs, micro, strict=True)):
-        way = network.way(needs, size)
+    for index, (needs, size) in enumerate(zip(work.needs, micro, strict=True)):
+        way = work.way(needs, size)
         touched = max(way.arena(size).touched, frozen)
-        if network.schedule == "sequential":
+        if work.schedule == "sequential":
             frozen = max(frozen, needs.forward_arena(batch).touched)
         peak = way.model.peak(size)
         inside = {"activations": peak.activations.at(size), "gradients": peak.gradients.at(size)}
@@ -295,20 +234,20 @@ def _sum(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return total
 
 
-def _refusal(network: Network, budget: int) -> str:
+def _refusal(work: Workload, budget: int) -> str:
     """Why nothing fits, and what would."""
-    least = min(network.choices(), key=lambda choice: choice.total)
-    plan = _plan(network, least.micro, _NOTHING, None)
+    least = min(work.choices(), key=lambda choice: choice.total)
+    plan = _plan(work, least.micro, _NOTHING, None)
     worst = max(plan.blocks, key=lambda b: b.total)
-    need = network.idle + worst.total
-    apart = f"{format_size(network.idle)} of it the idle process"
+    need = work.idle + worst.total
+    apart = f"{format_size(work.idle)} of it the idle process"
     if plan.peak_bytes > need:
         apart += f", and {format_size(plan.peak_bytes - need)} more to make a batch or pass it through the network"
-    fitting = network.largest_batch(budget)
+    fitting = work.largest_batch(budget)
     # Of very large batches not all were tried.
-    which = "the largest" if network.batch - 1 <= ALL_TRIED else "a"
+    which = "the largest" if work.batch - 1 <= ALL_TRIED else "a"
     advice = f"{which} --batch that fits is {fitting}" if fitting else "not even a batch of one sample fits"
-    at_once = "the whole batch" if worst.accumulation == 1 else f"{worst.micro_batch} of {network.batch} samples"
+    at_once = "the whole batch" if worst.accumulation == 1 else f"{worst.micro_batch} of {work.batch} samples"
     return (
         f"block {worst.name} needs {format_size(need)} with {at_once} at a time ({apart}), the budget is "
         f"{format_size(budget)}; {advice}, and the smallest budget for this batch is {format_size(plan.peak_bytes)} "

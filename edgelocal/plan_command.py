@@ -19,11 +19,12 @@ from edgelocal.data import pipeline_bytes
 from edgelocal.device import describe
 from edgelocal.errors import BundleError
 from edgelocal.formats.base import Labels
-from edgelocal.needs import tensor_bytes
-from edgelocal.plan import PipelineBytes, Plan, Thresholds, has_model, make_plan, make_thresholds, steady_idle
+from edgelocal.needs import PipelineBytes, tensor_bytes
+from edgelocal.peaks import Workload
+from edgelocal.plan import Plan, Thresholds, has_model, make_plan, make_thresholds, steady_idle
 from edgelocal.profiles import Profile, find_profile, idle_process_bytes
 from edgelocal.session import give_back, start
-from edgelocal.spec import AugmentSpec, BlockSpec, Manifest, TaskSpec
+from edgelocal.spec import BlockSpec, Manifest, TaskSpec
 
 TRAINING_MODULES = ("training", "progress", "signals", "report.terminal")  # what `train` has loaded by then
 VALIDATION_SHARE = 5  # one sample to validate with for so many to train with
@@ -97,26 +98,20 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
     manifest = bundle.manifest
     if not has_model(manifest):
         raise BundleError(f"{bundle.folder} does not say what memory its blocks need (schema 1): export it again")
-    arguments: dict[str, Any] = {
-        "batch": min(request.batch or manifest.defaults.batch, request.samples),
-        "schedule": request.schedule,
-        "idle_bytes": _idle_bytes(bundle, profile),
-        "pipeline": lambda batch: assumed_pipeline(manifest, request, batch),
-        "validates": request.validate,
-        "micro_batch": request.micro_batch,
-        "threads": request.threads or (device.cores if profile is None else profile.cores),
-    }
+    idle = _idle_bytes(bundle, profile)
+    threads = request.threads or (device.cores if profile is None else profile.cores)
     started = time.perf_counter()
-    plan = make_plan(manifest, budget_bytes=budget, **arguments)
+    work = assumed_work(manifest, request, idle, threads)
+    plan = make_plan(work, budget)
     plan_s = time.perf_counter() - started
-    thresholds = make_thresholds(manifest, **arguments)
+    thresholds = make_thresholds(work)
     return {
         "bundle": str(bundle.folder),
         "network": manifest.network,
         "profile": None if profile is None else profile.as_dict(),
         "usable_bytes": usable,
         "samples": request.samples,
-        "threads": arguments["threads"],
+        "threads": threads,
         "validates": request.validate,
         **plan.as_dict(),
         "units": [list(block.units) for block in manifest.blocks],
@@ -133,6 +128,20 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
     }
 
 
+def assumed_work(manifest: Manifest, request: PlanRequest, idle_bytes: int, threads: int) -> Workload:
+    """The workload with data that nobody has opened."""
+    return Workload.of(
+        manifest,
+        batch=min(request.batch or manifest.defaults.batch, request.samples),
+        schedule=request.schedule,
+        idle_bytes=idle_bytes,
+        pipeline=lambda batch: assumed_pipeline(manifest, request, batch),
+        validates=request.validate,
+        micro_batch=request.micro_batch,
+        threads=threads,
+    )
+
+
 def assumed_pipeline(manifest: Manifest, request: PlanRequest, batch: int) -> PipelineBytes:
     """What data of the bundle's kind would take: images as bytes, all else as it enters the network."""
     spec = manifest.input
@@ -141,10 +150,7 @@ def assumed_pipeline(manifest: Manifest, request: PlanRequest, batch: int) -> Pi
     if request.validate:
         counts.append(max(1, request.samples // VALIDATION_SHARE))
     datasets = [AssumedData(count, item * math.prod(spec.shape), manifest.task) for count in counts]
-    augment: AugmentSpec | None = manifest.augment if request.augment else None
-    total = pipeline_bytes(datasets, batch, spec, augment)
-    resident = sum(data.resident_bytes for data in datasets) + 8 * request.samples  # with the order of the epoch
-    return PipelineBytes(resident, max(0, total - resident))
+    return pipeline_bytes(datasets, batch, spec, manifest.augment if request.augment else None)
 
 
 def paged_bytes_per_step(manifest: Manifest, plan: Plan) -> int:

@@ -21,7 +21,8 @@ from edgelocal.errors import BudgetError, InterruptedRunError, UsageError
 from edgelocal.formats.base import Dataset
 from edgelocal.formats.images import warm_up
 from edgelocal.job import Job, TrainRequest
-from edgelocal.plan import PipelineBytes, Plan, has_model, make_plan, steady_idle
+from edgelocal.peaks import Workload
+from edgelocal.plan import Plan, has_model, make_plan, steady_idle
 from edgelocal.progress import Display
 from edgelocal.run import check_resume, check_same
 from edgelocal.run_info import RUN, RunInfo, describe_run, read_run
@@ -179,24 +180,17 @@ def _plan(
         return None
     datasets = [data, *([validation] if validation is not None else [])]
     augment = manifest.augment if config.augment else None
-    resident = sum(d.resident_bytes for d in datasets) + 8 * len(data)  # with the order of the epoch
-
-    def pipeline(batch: int) -> PipelineBytes:
-        total = pipeline_bytes(datasets, batch, manifest.input, augment)
-        return PipelineBytes(resident, max(0, total - resident))
-
-    return make_plan(
+    work = Workload.of(
         manifest,
         batch=min(config.batch, len(data)),
         schedule=config.schedule,
         idle_bytes=idle,
-        pipeline=pipeline,
-        budget_bytes=request.budget_bytes,
+        pipeline=lambda batch: pipeline_bytes(datasets, batch, manifest.input, augment),
         validates=validation is not None,
         micro_batch=min((m for m in (request.micro_batch, bound) if m is not None), default=None),
-        wanted=wanted,
         threads=request.threads or describe().cores,
     )
+    return make_plan(work, request.budget_bytes, wanted)
 
 
 def open_data(path: Path, validation: Path | None, manifest: Manifest, scratch: Path) -> tuple[Dataset, Dataset | None]:

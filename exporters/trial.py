@@ -13,10 +13,10 @@ from edgelocal.exporters.onnx_step import step_graph
 from edgelocal.exporters.request import ExportRequest
 from edgelocal.exporters.rules import LocalBlock
 from edgelocal.manifest import graphs_of, render_manifest
-from edgelocal.needs import block_needs
-from edgelocal.peaks import Network, PipelineBytes
+from edgelocal.needs import PipelineBytes, block_needs
+from edgelocal.peaks import Workload
 from edgelocal.plan import make_thresholds
-from edgelocal.plan_command import PlanRequest, assumed_pipeline
+from edgelocal.plan_command import PlanRequest, assumed_work
 from edgelocal.profiles import PROFILES, idle_process_bytes
 from edgelocal.spec import (
     AccumulationSpec,
@@ -67,7 +67,8 @@ def trial_block(block: LocalBlock, request: ExportRequest, shape: tuple[int, ...
 
 def working_set(spec: BlockSpec, batch: int) -> int:
     """Bytes above the idle process while the step runs on a whole batch and nothing else is loaded, without data."""
-    alone = Network((block_needs(spec),), batch, batch, "interleaved", 0, lambda n: PipelineBytes(0, 0), False, THREADS)
+    no_data = PipelineBytes(0, 0)
+    alone = Workload((block_needs(spec),), batch, batch, "interleaved", 0, lambda n: no_data, False, THREADS)
     graphs = alone.graph_bytes(alone.uncut, every=False)
     return alone.arena(alone.uncut).total + alone.beside(alone.uncut, graphs)
 
@@ -98,15 +99,8 @@ def whole_batch_budget(specs: Sequence[BlockSpec], request: ExportRequest) -> in
     plan = PlanRequest(
         Path(), "auto", None, None, "interleaved", SAMPLES, validate=True, augment=True, profile=None, threads=THREADS
     )
-    return make_thresholds(
-        manifest,
-        batch=request.defaults.batch,
-        schedule="interleaved",
-        idle_bytes=idle_process_bytes(len(render_manifest(manifest))),
-        pipeline=lambda batch: assumed_pipeline(manifest, plan, batch),
-        validates=True,
-        threads=THREADS,
-    ).batch
+    idle = idle_process_bytes(len(render_manifest(manifest)))
+    return make_thresholds(assumed_work(manifest, plan, idle, THREADS)).batch
 
 
 def _manifest(specs: Sequence[BlockSpec], request: ExportRequest) -> Manifest:

@@ -100,7 +100,7 @@ def test_the_bound_holds_and_is_near(tmp_path: Path, name: str, batch: int) -> N
                 one_batch(data, spec, augment, batch)
                 measured = min(measured, tracemalloc.get_traced_memory()[1])
                 resident = data.resident_bytes
-                predicted = pipeline_bytes([data], batch, spec, augment)
+                predicted = pipeline_bytes([data], batch, spec, augment).total
         finally:
             tracemalloc.stop()
     print(f"{name}, batch {batch}: predicted {predicted}, measured {measured}; kept {kept}")
@@ -121,7 +121,7 @@ def test_the_bound_holds_for_very_many_small_samples(tmp_path: Path) -> None:
         measured = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    predicted = pipeline_bytes([data], 64, spec, None)
+    predicted = pipeline_bytes([data], 64, spec, None).total
     assert measured <= predicted <= 1.5 * measured + MIB
 
 
@@ -135,7 +135,7 @@ def test_the_bound_holds_for_the_memory_of_the_process_while_images_are_decoded(
     one_batch(data, spec, None, 1)
     with PeakMeter() as meter:
         one_batch(data, spec, None, 4)
-    predicted = pipeline_bytes([data], 4, spec, None)
+    predicted = pipeline_bytes([data], 4, spec, None).total
     # Half a MiB: what the system's allocator keeps of freed pieces depends on what the process did before.
     assert meter.growth_bytes <= predicted + MIB // 2
     assert predicted <= 4 * (3 + 12) * side**2 * 1.5 + 24 * side**2 + 2 * data_largest(path) + MIB
@@ -148,7 +148,7 @@ def data_largest(path: Path) -> int:
 def test_two_datasets_are_kept_and_one_of_them_is_read(tmp_path: Path) -> None:
     train = open_dataset(save(tmp_path / "a", x=BYTES, y=IDS), "train", COLOUR, task())
     test = open_dataset(save(tmp_path / "b", x=BYTES[:100], y=IDS[:100]), "train", COLOUR, task())
-    both, alone = (pipeline_bytes(sets, 64, COLOUR, CROP) for sets in ([train, test], [train]))
+    both, alone = (pipeline_bytes(sets, 64, COLOUR, CROP).total for sets in ([train, test], [train]))
     assert both == alone + test.resident_bytes == alone + 100 * 8
 
 

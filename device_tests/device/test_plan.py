@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 
 from device_tests.device.invented import Invented, manifest
 from device_tests.device.runs import RESIDUAL, answer, command
+from edgelocal import plan as planning
 from edgelocal.bundle import Bundle
 from edgelocal.data import open_dataset, pipeline_bytes
 from edgelocal.errors import BudgetError, UsageError
-from edgelocal.plan import RUNTIME_BYTES, PipelineBytes, Plan, make_plan, make_thresholds, steady_idle
+from edgelocal.needs import PipelineBytes
+from edgelocal.peaks import RUNTIME_BYTES, Workload
+from edgelocal.plan import Plan, Thresholds, steady_idle
 from edgelocal.plan_command import PlanRequest, assumed_pipeline, paged_bytes_per_step, plan_for
 from edgelocal.plan_table import plan_lines
 from edgelocal.spec import BlockSpec, Manifest, MemorySpec, graph_bytes
@@ -35,6 +38,14 @@ SETTING: dict[str, Any] = {
     "pipeline": DATA,
     "validates": False,
 }
+
+
+def make_plan(network: Manifest, *, budget_bytes: int | None, wanted: list[int] | None = None, **setting: Any) -> Plan:
+    return planning.make_plan(Workload.of(network, **setting), budget_bytes, wanted)
+
+
+def make_thresholds(network: Manifest, **setting: Any) -> Thresholds:
+    return planning.make_thresholds(Workload.of(network, **setting))
 
 
 def test_everything_kept_is_the_sum_of_its_parts() -> None:
@@ -561,8 +572,8 @@ def test_data_that_is_assumed_takes_about_what_real_data_takes(bundle: Bundle, t
     np.savez(tmp_path / "d.npz", x_train=x[:1000], y_train=y[:1000], x_test=x[1000:], y_test=y[1000:])
     datasets = [open_dataset(tmp_path / "d.npz", s, network.input, network.task) for s in ("train", "test")]
     assumed = assumed_pipeline(network, REQUEST, 128)
-    real = pipeline_bytes(datasets, 128, network.input, network.augment)
-    assert real <= assumed.resident + assumed.making <= 1.5 * real
+    real = pipeline_bytes(datasets, 128, network.input, network.augment).total
+    assert real <= assumed.total <= 1.5 * real
 
 
 def test_an_unknown_profile_names_the_nearest_and_all() -> None:

@@ -31,7 +31,9 @@ from edgelocal.exporters.bench.torch_side import (
     measure_bp,
     measure_checkpointed,
 )
-from edgelocal.plan import PipelineBytes, make_thresholds
+from edgelocal.needs import PipelineBytes
+from edgelocal.peaks import Workload
+from edgelocal.plan import make_thresholds
 
 Say = Callable[[str], None]
 SHARES = (0.5, 0.25, 0.12)  # of PyTorch's working set: the budgets of the partitions
@@ -123,7 +125,7 @@ def _trained(setting: Setting, bundle: Bundle, data: Path, runs: Iterator[Path],
 
 def _smallest(setting: Setting, units: Bundle, first: Measurement, say: Say) -> int:
     """The least budget under which blocks of one unit still train the whole batch at once."""
-    thresholds = make_thresholds(
+    work = Workload.of(
         open_bundle(units.folder).manifest,
         batch=setting.batch,
         schedule="interleaved",
@@ -132,7 +134,7 @@ def _smallest(setting: Setting, units: Bundle, first: Measurement, say: Say) -> 
         validates=False,
         threads=setting.threads,
     )
-    budget = thresholds.batch
+    budget = make_thresholds(work).batch
     say(f"blocks of one unit need {format_size(budget)} with nothing kept that can wait on disk")
     return budget
 
