@@ -30,7 +30,7 @@ class GraphPool:
             BundleError: the file is not what the manifest says.
             BudgetError: no memory to load it.
         """
-        key = spec.structure or spec.file
+        key = spec.key
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
@@ -49,10 +49,7 @@ class GraphPool:
     def _make_room(self, size: int) -> None:
         assert self._limit is not None
         dropped = False
-        while (
-            self._graphs
-            and sum(loaded_bytes(g.spec, self._threads) for g in self._graphs.values()) + size > self._limit
-        ):
+        while self._graphs and self._held() + size > self._limit:
             self._graphs.popitem(last=False)
             dropped = True
         if dropped:

@@ -11,7 +11,7 @@ which the whole process fits, and the smallest budget is the least that any of t
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import groupby
@@ -19,9 +19,10 @@ from operator import itemgetter
 from typing import TypeAlias
 
 from edgelocal.needs import BlockNeeds, PipelineBytes, Way, block_needs, loaded_bytes
-from edgelocal.spec import ArenaBytes, GraphSpec, Manifest
+from edgelocal.spec import ArenaBytes, BlockSpec, GraphSpec, Manifest
 
-RUNTIME_BYTES = 11 << 19  # code and tables of the runtime that its first steps touch (measured, docs/promises.md)
+# Code and tables of the runtime that its first steps touch, and what convolutions add (measured, docs/promises.md).
+RUNTIME_BYTES, CONVOLUTION_BYTES = 13 << 18, 9 << 18
 
 ALL_TRIED = 512  # batches up to this are all tried for the largest that fits
 
@@ -186,7 +187,7 @@ class Workload:
             + n.output.at(self.batch)
             for i, (n, size) in enumerate(zip(self.needs, micro, strict=True))
         )
-        common = RUNTIME_BYTES + graphs + self.pipeline.resident
+        common = self.runtime + graphs + self.pipeline.resident
         return states + common + max(working, self._between(resident))
 
     def _between(self, resident: frozenset[int]) -> int:
@@ -210,12 +211,38 @@ class Workload:
         count = bisect_right(first, room, key=lambda k: self.beside(micro, graphs, frozenset(order[:k]))) - 1
         return frozenset(order[: max(0, count)])
 
+    @cached_property
+    def runtime(self) -> int:
+        """What the runtime takes besides graphs and arena."""
+        return runtime_bytes(needs.spec for needs in self.needs)
+
     def graph_bytes(self, micro: Sequence[int], *, every: bool) -> int:
         """Bytes of every graph that the run uses, or of the largest alone."""
+        sizes = self._graph_sizes(micro).values()
+        return sum(sizes) if every else max(sizes)
+
+    def graphs_while(self, index: int, micro: Sequence[int], limit: int) -> int:
+        """Bytes of graphs that are loaded at most while block `index` works, where no more than `limit` may be: the one
+        that runs, and those that fit beside it."""
+        sizes = self._graph_sizes(micro)
+        found = []
+        for graph in self.way(self.needs[index], micro[index]).graphs:
+            running = loaded_bytes(graph, self.threads)
+            others = (size for key, size in sizes.items() if key != graph.key and running + size <= limit)
+            found.append(min(limit, running + sum(others)))
+        return max(found)
+
+    def _graph_sizes(self, micro: Sequence[int]) -> dict[str, int]:
+        """Bytes of every graph that the run uses, equal structures once."""
         used: list[GraphSpec] = []
         for needs, size in zip(self.needs, micro, strict=True):
             used += self.way(needs, size).graphs
             if self.validates or self.schedule == "sequential":
                 used += needs.passes
-        sizes = {graph.structure or graph.file: loaded_bytes(graph, self.threads) for graph in used}
-        return sum(sizes.values()) if every else max(sizes.values())
+        return {graph.key: loaded_bytes(graph, self.threads) for graph in used}
+
+
+def runtime_bytes(blocks: Iterable[BlockSpec]) -> int:
+    """What the runtime takes besides graphs and arena, for networks with or without convolutions."""
+    convolves = any(t.kind == "param" and len(t.shape) == 4 for block in blocks for t in block.step.inputs)
+    return RUNTIME_BYTES + convolves * CONVOLUTION_BYTES

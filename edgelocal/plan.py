@@ -28,7 +28,7 @@ from typing import Any
 
 from edgelocal.budget import format_size
 from edgelocal.errors import BudgetError
-from edgelocal.peaks import ALL_TRIED, RUNTIME_BYTES, Workload
+from edgelocal.peaks import ALL_TRIED, Workload
 from edgelocal.spec import ARENA_TABLE, Manifest, table_bytes
 
 _IDLE_STEP, _IDLE_SLACK = 1 << 20, 128 << 10  # equal processes differ by 4 to 120 KiB
@@ -205,7 +205,6 @@ def _blocks(
     batch = work.batch
     kept = _sum(work.needs[i].state for i in resident)
     # The region is that of the graph that needs the largest, and so is its table, whichever block works.
-    runtime = {"runtime": RUNTIME_BYTES + graphs + table, "pipeline": work.pipeline.resident}
     frozen, blocks = 0, []
     for index, (needs, size) in enumerate(zip(work.needs, micro, strict=True)):
         way = work.way(needs, size)
@@ -218,7 +217,9 @@ def _blocks(
         inside["workspace"] = touched - sum(inside.values())
         ends = {"input": needs.input.at(batch), "output": needs.output.at(batch)}
         own = {} if index in resident else needs.state
-        predicted = _sum((kept, own, way.written, inside, ends, runtime))
+        loaded = work.graphs_while(index, micro, graphs)
+        around = {"runtime": work.runtime + loaded + table, "pipeline": work.pipeline.resident}
+        predicted = _sum((kept, own, way.written, inside, ends, around))
         blocks.append(
             BlockPlan(needs.spec.name, size, -(-batch // size), index in resident, predicted, touched + table)
         )

@@ -69,6 +69,11 @@ class GraphSpec:
     nodes: int | None = None
 
     @property
+    def key(self) -> str:
+        """Equal for graphs of which one can be loaded for all."""
+        return self.structure or self.file
+
+    @property
     def overwriting(self) -> frozenset[str]:
         """The outputs that are written over the inputs whose new values they are."""
         return frozenset(f"new/{name}" for name in self.in_place or ())

@@ -22,7 +22,7 @@ from edgelocal.bundle import Bundle
 from edgelocal.data import open_dataset, pipeline_bytes
 from edgelocal.errors import BudgetError, UsageError
 from edgelocal.needs import PipelineBytes
-from edgelocal.peaks import RUNTIME_BYTES, Workload
+from edgelocal.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES, Workload
 from edgelocal.plan import Plan, Thresholds, steady_idle
 from edgelocal.plan_command import PlanRequest, assumed_pipeline, paged_bytes_per_step, plan_for
 from edgelocal.plan_table import plan_lines
@@ -147,6 +147,30 @@ def test_equal_structures_are_loaded_once() -> None:
     graph = graph_bytes(manifest(Invented()).blocks[0].step)
     found = [plan.blocks[0].predicted["runtime"] for plan in (same, alone)]
     assert found == [RUNTIME_BYTES + graph + -(-plan.region_bytes // 32) for plan in (same, alone)]
+
+
+def test_graphs_that_do_not_fit_beside_the_one_that_runs_do_not_count_for_its_block() -> None:
+    """Under the limit of the largest, of 200 nodes: that alone; 60 with 30, and 30 with 60."""
+    blocks = [Invented(nodes=nodes, width_in=width) for nodes, width in ((200, 12), (60, 8), (30, 8))]
+    network = manifest(*blocks)
+    least = make_thresholds(network, **SETTING).states
+    plan = make_plan(network, budget_bytes=least, **SETTING)
+    large, middle, small = (graph_bytes(block.step) for block in network.blocks)
+    assert plan.graphs_bytes == large
+    table = -(-plan.region_bytes // 32)
+    assert middle + small <= large < middle + large
+    found = [block.predicted["runtime"] - RUNTIME_BYTES - table for block in plan.blocks]
+    assert found == [large, middle + small, middle + small]
+
+
+def test_convolutions_take_more_of_the_runtime() -> None:
+    plain = manifest(Invented())
+    weight = next(t for t in plain.blocks[0].step.inputs if t.kind == "param")
+    inputs = tuple(replace(t, shape=(*t.shape, 1, 1, 1)) if t == weight else t for t in plain.blocks[0].step.inputs)
+    block = replace(plain.blocks[0], step=replace(plain.blocks[0].step, inputs=inputs))
+    with_convolution = replace(plain, blocks=(block,))
+    peaks = [make_plan(network, budget_bytes=None, **SETTING).peak_bytes for network in (plain, with_convolution)]
+    assert peaks[1] - peaks[0] == CONVOLUTION_BYTES
 
 
 def test_validation_keeps_its_arena_its_graphs_and_the_batch() -> None:

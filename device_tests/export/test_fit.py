@@ -20,7 +20,7 @@ from edgelocal.exporters.search_problem import Candidate
 from edgelocal.exporters.trial import THREADS
 from edgelocal.exporters.units import load_network
 from edgelocal.needs import THREAD_BYTES
-from edgelocal.peaks import RUNTIME_BYTES
+from edgelocal.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES
 from edgelocal.plan_command import PlanRequest, plan_bundle
 from edgelocal.spec import GRAPH_BYTES, NODE_BYTES, BlockSpec, FrontierSpec, MacsSpec, RuleSpec
 
@@ -96,7 +96,7 @@ def modelled(block: BlockSpec) -> int:
     tensors += [t for t in block.step.outputs if (t.name.startswith("new/") or t.name == "h") and t.name not in kept]
     outside = sum({"float32": 4, "int64": 8, "bool": 1}[t.dtype] * math.prod(t.resolve(BATCH)) for t in tensors)
     graph = GRAPH_BYTES + NODE_BYTES * block.step.nodes + THREAD_BYTES * (THREADS - 1)
-    return RUNTIME_BYTES + graph + outside + block.memory.step.arena_bytes(BATCH)
+    return RUNTIME_BYTES + CONVOLUTION_BYTES + graph + outside + block.memory.step.arena_bytes(BATCH)
 
 
 @pytest.fixture(scope="module")
