@@ -14,6 +14,7 @@ from edgelocal.answers import Commands, emit, json_option, say_to
 from edgelocal.console import error_console
 from edgelocal.errors import UsageError
 from edgelocal.export_options import ExportOptions, export_options
+from edgelocal.profiles import ASSUMED_SAMPLES
 
 FOLDER = click.Path(path_type=Path)
 
@@ -85,7 +86,7 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.option("--batch", type=click.IntRange(min=1), help="[default: the bundle's]")
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Samples at a time.  [default: what fits the budget]")
 @click.option("--schedule", type=click.Choice(["interleaved", "sequential"]), default="interleaved", show_default=True)
-@click.option("--samples", type=click.IntRange(min=1), default=50000, show_default=True, help="To train on.")
+@click.option("--samples", type=click.IntRange(min=1), default=ASSUMED_SAMPLES, show_default=True, help="To train on.")
 @click.option("--validate/--no-validate", default=True, show_default=True, help="Whether there is a test split.")
 @click.option("--augment/--no-augment", default=True, show_default=True, help="As the bundle says.")
 @click.option("--profile", help="Of a device: jetson-orin-nano-8gb, raspberry-pi-5-4gb, ...  [default: this machine]")

@@ -12,7 +12,7 @@ from edgelocal.augment import bernoulli_mask
 from edgelocal.bundle import Bundle
 from edgelocal.errors import BundleError, DivergedError, UsageError
 from edgelocal.graphs import GraphPool
-from edgelocal.pages import PageFile
+from edgelocal.pages import PREFIX, PageFile
 from edgelocal.session import Tensor, give_back
 from edgelocal.spec import BlockSpec, GraphSpec, MaskSpec
 from edgelocal.tensors import Array
@@ -42,7 +42,7 @@ class Block:
         self.spec: BlockSpec = bundle.manifest.blocks[index]
         self._graphs = graphs
         arrays = state or self._initial()
-        self._page = PageFile(page / f"state-{self.spec.name}", self.spec.state()) if page else None
+        self._page = PageFile(page / f"{PREFIX}{self.spec.name}", self.spec.state()) if page else None
         self._state: dict[str, Tensor] = {}
         if self._page is None:
             # A copy: a step writes over the state, and these may be views of a file's bytes.

@@ -17,6 +17,7 @@ from edgelocal.config import TrainConfig
 from edgelocal.device import describe
 from edgelocal.errors import BudgetError, OverBudgetError
 from edgelocal.formats.base import Dataset
+from edgelocal.pages import clear_pages
 from edgelocal.plan import Plan
 from edgelocal.progress import Display
 from edgelocal.run import RunFolder, load_blocks, restore
@@ -97,13 +98,16 @@ class Job:
         self._plan = plan
         if self._validation is None:
             self._notes.append("the data has no test split, so nothing is validated; give some with --val")
-        report = self._attempt(continued)
-        while report is None:  # all that it held is gone by now
-            gc.collect()  # an error and the frames it went through may hold each other
-            empty_arena()  # a run beside which numpy found no memory has not given it back
-            give_back()
-            report = self._attempt(True)
-        return report
+        try:
+            report = self._attempt(continued)
+            while report is None:  # all that it held is gone by now
+                gc.collect()  # an error and the frames it went through may hold each other
+                empty_arena()  # a run beside which numpy found no memory has not given it back
+                give_back()
+                report = self._attempt(True)
+            return report
+        finally:
+            clear_pages(self._request.out / _CACHE)
 
     def _attempt(self, continued: bool) -> dict[str, Any] | None:
         """The report; None if memory ran out and there is a smaller plan to go on with."""

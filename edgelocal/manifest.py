@@ -35,6 +35,7 @@ MAX_MANIFEST_BYTES = 4 << 20
 MAX_TENSORS = 65_536
 MAX_RANK = 8
 MAX_NAME = 256
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 DTYPES = ("float32", "int64", "bool")
 BLOCK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 SEAL = b'{"seal":"'
@@ -100,6 +101,11 @@ def parse_manifest(data: bytes) -> Manifest:
     return manifest
 
 
+def is_plain(text: str) -> bool:
+    """Whether a terminal only shows it: no control characters, line separators or halves of surrogate pairs."""
+    return not _CONTROL.search(text)
+
+
 def graphs_of(manifest: Manifest) -> tuple[GraphSpec, ...]:
     """Every graph of a bundle."""
     own = [graph for block in manifest.blocks for graph in (block.step, block.forward, block.head)]
@@ -110,12 +116,17 @@ def graphs_of(manifest: Manifest) -> tuple[GraphSpec, ...]:
 def _check(manifest: Manifest) -> None:
     """Rules that types cannot express."""
     _check_graphs(manifest)
+    shown = (manifest.network, *manifest.units, *manifest.task.class_names, *manifest.versions.values())
+    for text in shown:  # a terminal would obey control characters
+        expect(is_plain(text), "manifest", "text without control characters", text)
     names = [block.name for block in manifest.blocks]
     expect(len(names) > 0, "manifest.blocks", "at least one block", 0)
     expect(len(set(names)) == len(names), "manifest.blocks", "a name of its own for each block", names)
     for block in manifest.blocks:
         expect(BLOCK_NAME.fullmatch(block.name) is not None, "manifest.blocks", "a plain name", block.name)
         expect(block.weights in manifest.files, f"block {block.name}", "weights listed in files", block.weights)
+        modelled = block.memory is not None and block.accumulation is not None
+        expect(modelled or manifest.schema == 1, f"block {block.name}", "its memory and its accumulation", None)
         _check_block(block, "absolute_error" if manifest.task.loss == "mse" else "correct")
         _check_state(block)
     for name, entry in manifest.files.items():
@@ -252,7 +263,8 @@ def _check_choices(manifest: Manifest) -> None:
 
 
 def _check_tensor(tensor: TensorSpec, where: str) -> None:
-    expect(0 < len(tensor.name) <= MAX_NAME, where, f"a name of 1 to {MAX_NAME} characters", tensor.name)
+    good = 0 < len(tensor.name) <= MAX_NAME and is_plain(tensor.name)
+    expect(good, where, f"a name of 1 to {MAX_NAME} characters, no control characters", tensor.name)
     expect(len(tensor.shape) <= MAX_RANK, where, f"at most {MAX_RANK} dimensions", tensor.shape)
     expect(all(d == BATCH or (type(d) is int and d > 0) for d in tensor.shape), where, "positive dims", tensor.shape)
     expect(tensor.dtype in DTYPES, where, f"one of {DTYPES}", tensor.dtype)

@@ -17,6 +17,17 @@ from edgelocal.spec import TensorSpec
 from edgelocal.store import make_folders
 from edgelocal.tensors import Array
 
+PREFIX = "state-"
+
+
+def clear_pages(folder: Path) -> None:
+    """Remove page files that nobody removed, as of a start that failed, and the folder if nothing else is in it."""
+    with storage_errors(folder, DISK, "removing paged blocks"):
+        for path in folder.glob(f"{PREFIX}*"):
+            path.unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
 
 class PageFile:
     """The tensors of `specs`, one after the other, in the file `path`."""

@@ -24,6 +24,8 @@ _MIB, _GIB = 1 << 20, 1 << 30
 # x86-64 (66.3 MiB), and what a parsed manifest takes for each of its bytes (8.3 at 0.6 MB, 7.9 at 2.2 MB).
 _BARE_BYTES, _MANIFEST_FACTOR = 67 * _MIB, 9
 
+ASSUMED_SAMPLES = 50_000  # to train on, where nothing is known of the data
+
 
 def idle_process_bytes(manifest_bytes: int) -> int:
     """Resident memory of a training's process before it plans, on a device that is not at hand."""

@@ -153,7 +153,8 @@ class MemorySpec:
         above = bisect_left(self.arena, (batch,))
         if above < len(self.arena) and self.arena[above][0] == batch:
             _, touched, region = self.arena[above]
-            return ArenaBytes(touched, region + region // REGION_SPARE)
+            touched = max(touched, self.peak(batch).at(batch))  # less than what lives it cannot be
+            return ArenaBytes(touched, max(touched, region + region // REGION_SPARE))
         last = self.arena[-1]
         low, small, _ = last if above == len(self.arena) else self.arena[above - 1]
         high, large, _ = (2 * last[0], 2 * last[1], 0) if above == len(self.arena) else self.arena[above]

@@ -12,6 +12,8 @@ from edgelocal.errors import UsageError
 from edgelocal.export_options import ExportOptions
 from edgelocal.exporters.optimizers import MAX_FLOAT, Optimizer, make_optimizer
 from edgelocal.exporters.partition import Blocks
+from edgelocal.manifest import is_plain
+from edgelocal.schedule import trains_nothing
 from edgelocal.spec import LOSSES, AugmentSpec, DefaultsSpec, InputSpec, RuleSpec, TaskSpec
 
 # Per-channel means and deviations of the data sets, on the scale 0..1.
@@ -50,6 +52,7 @@ class ExportRequest:
     def check(self) -> None:
         """Raise UsageError for the first value out of range."""
         self._check_numbers()
+        self._check_schedule()
         if self.task.loss not in LOSSES:
             raise UsageError(f"there is no loss {self.task.loss!r}; choose one of {', '.join(LOSSES)}")
         if not 0 <= self.task.label_smoothing < 1:
@@ -75,6 +78,14 @@ class ExportRequest:
         elements = math.prod(self.input.shape)
         if elements > MAX_ELEMENTS:
             raise UsageError(f"a sample of {self.input.shape} has {elements} elements, at most {MAX_ELEMENTS} will do")
+
+    def _check_schedule(self) -> None:
+        schedule, epochs = self.defaults.lr_schedule, self.defaults.epochs
+        if trains_nothing(schedule, self.defaults.lr, epochs, 0):
+            raise UsageError(
+                f"the {schedule} schedule ends at a learning rate of 0, which with --epochs {epochs} is the rate of "
+                "every step: give more --epochs, or --lr-schedule constant"
+            )
 
     def _check_class_names(self) -> None:
         names = self.task.class_names
@@ -193,12 +204,11 @@ def _augment(pad: int, mode: str, flip: bool, shape: tuple[int, ...]) -> Augment
 
 def _check_text(what: str, text: str) -> None:
     """Bytes of the command line that are no UTF-8 arrive as halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if not is_plain(text):
         raise UsageError(
-            f"{what}, {text!r}, is no UTF-8 text; write it as such, or check the terminal's locale"
-        ) from None
+            f"{what}, {text!r}, has control characters or is no UTF-8 text; write it as plain text, or check the "
+            "terminal's locale"
+        )
 
 
 def _shown(text: str) -> str:

@@ -17,7 +17,7 @@ from edgelocal.needs import PipelineBytes, block_needs
 from edgelocal.peaks import Workload
 from edgelocal.plan import make_thresholds
 from edgelocal.plan_command import PlanRequest, assumed_work
-from edgelocal.profiles import PROFILES, idle_process_bytes
+from edgelocal.profiles import ASSUMED_SAMPLES, PROFILES, idle_process_bytes
 from edgelocal.spec import (
     AccumulationSpec,
     BlockMemorySpec,
@@ -30,7 +30,6 @@ from edgelocal.spec import (
 )
 
 THREADS = max(profile.cores for profile in PROFILES)  # of the device; a loaded graph has something for each of them
-SAMPLES = 50_000  # to train on, as `edgelocal plan` assumes
 
 
 def trial_block(block: LocalBlock, request: ExportRequest, shape: tuple[int, ...], dtype: torch.dtype) -> BlockSpec:
@@ -92,12 +91,21 @@ def partition_point(kind: str, specs: Sequence[BlockSpec], macs: int, batch: int
 def whole_batch_budget(specs: Sequence[BlockSpec], request: ExportRequest) -> int:
     """The smallest budget with which `edgelocal plan` keeps the batch whole on a device with a profile.
 
-    The process, the data pipeline of SAMPLES samples and validation are in it; graphs and states that wait are not.
+    The process, the data pipeline of ASSUMED_SAMPLES samples and validation are in it; graphs and states that wait are not.
     """
     names = [f"{index:03}" for index in range(len(specs))]
     manifest = _manifest([replace(s, name=name) for s, name in zip(specs, names, strict=True)], request)
     plan = PlanRequest(
-        Path(), "auto", None, None, "interleaved", SAMPLES, validate=True, augment=True, profile=None, threads=THREADS
+        Path(),
+        "auto",
+        None,
+        None,
+        "interleaved",
+        ASSUMED_SAMPLES,
+        validate=True,
+        augment=True,
+        profile=None,
+        threads=THREADS,
     )
     idle = idle_process_bytes(len(render_manifest(manifest)))
     return make_thresholds(assumed_work(manifest, plan, idle, THREADS)).batch

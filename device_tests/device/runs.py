@@ -61,6 +61,33 @@ def answer(*arguments: object, code: int = 0, **options: Any) -> dict[str, Any]:
     return result
 
 
+# argv: a command. It is run, and watched from outside: its report, and the highest VmHWM, looked at every 2 ms.
+_WATCHING = """
+import json, subprocess, sys, time
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)
+seen = 0
+while process.poll() is None:
+    with open(f"/proc/{process.pid}/status") as status:
+        lines = [line for line in status if line.startswith("VmHWM")]
+    seen = max(seen, *(int(line.split()[1]) for line in lines), 0)
+    time.sleep(0.002)
+print(json.dumps([json.load(process.stdout), 1024 * seen]))
+"""
+
+
+def watched(*arguments: object) -> tuple[dict[str, Any], int]:
+    """What `answer` gives, and the most that the process held, in bytes.
+
+    A small process starts the command and watches: the kernel's figure begins with the memory of who starts it, and the
+    command sets it back to measure its blocks.
+    """
+    line = [sys.executable, "-c", _WATCHING, sys.executable, "-m", "edgelocal", *map(str, arguments), "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    report, peak = json.loads(done.stdout)
+    return report, peak
+
+
 def config(**changes: Any) -> TrainConfig:
     """Two epochs of batches of 16, without augmentation."""
     values: dict[str, Any] = {

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from device_tests.device.runs import ENVIRONMENT, RESIDUAL, answer, last_state, write_data
+from device_tests.device.runs import ENVIRONMENT, RESIDUAL, answer, last_state, watched, write_data
 
 EPOCHS = 3
 
@@ -125,28 +125,9 @@ def test_a_bad_sample_in_the_middle_commits_what_was_trained_before(tmp_path: Pa
     assert 0 < steps < 16
 
 
-LAUNCH = """
-import json, subprocess, sys, time
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-seen = 0
-while process.poll() is None:
-    with open(f"/proc/{process.pid}/status") as status:
-        lines = [line for line in status if line.startswith("VmHWM")]
-    seen = max(seen, *(int(line.split()[1]) for line in lines), 0)
-    time.sleep(0.002)
-print(json.dumps([json.load(process.stdout)["process_peak_bytes"], 1024 * seen]))
-"""
-
-
 def test_the_process_peak_is_that_of_the_process(tmp_path: Path) -> None:
-    """What the kernel counted of the whole process, reading and augmenting the data included.
-
-    A small process starts the command and watches: the kernel's figure begins with the memory of who starts it, and
-    the command sets it back to measure its blocks.
-    """
+    """What the kernel counted of the whole process, reading and augmenting the data included."""
     write_data(tmp_path / "d.npz", RESIDUAL, samples=20_000)
     given = ["train", RESIDUAL, "--data", tmp_path / "d.npz", "--out", tmp_path / "run", "--epochs", 2, "--batch", 5000]
-    line = [sys.executable, "-c", LAUNCH, sys.executable, "-m", "edgelocal", *map(str, given), "--json"]
-    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=True)
-    reported, seen = json.loads(done.stdout)
-    assert reported == pytest.approx(seen, rel=0.02)  # looked at every 2 ms
+    report, seen = watched(*given)
+    assert report["process_peak_bytes"] == pytest.approx(seen, rel=0.02)  # looked at every 2 ms

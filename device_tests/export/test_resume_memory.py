@@ -1,20 +1,19 @@
-"""Promise M1 where a run is continued: states that do not fit the budget together are never in memory together."""
+"""Paged runs: states that do not fit the budget together are never in memory together, also where a run is continued;
+and nothing stays behind on disk."""
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from device_tests.device.runs import ENVIRONMENT, answer, assert_same_bits, last_state
+from device_tests.device.runs import ENVIRONMENT, answer, assert_same_bits, last_state, watched
 
 MIB = 1 << 20
 WIDTH, LAYERS, BATCH, STEPS = 1024, 5, 32, 3
@@ -26,17 +25,12 @@ def deep(classes, input_shape):
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear({WIDTH}, classes))
 """
 
-# argv: a command. It is run, and watched from outside: its report, and the highest VmHWM, looked at every 2 ms.
-WATCHED = """
-import json, subprocess, sys, time
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)
-seen = 0
-while process.poll() is None:
-    with open(f"/proc/{process.pid}/status") as status:
-        lines = [line for line in status if line.startswith("VmHWM")]
-    seen = max(seen, *(int(line.split()[1]) for line in lines), 0)
-    time.sleep(0.002)
-print(json.dumps([json.load(process.stdout), 1024 * seen]))
+# Runs argv with files of at most 1 MiB; what is larger is refused, as by a full disk.
+LIMITED = """
+import os, resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
@@ -60,15 +54,6 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 def line(*words: object) -> list[str]:
     return [sys.executable, "-m", "edgelocal", *map(str, words), "--json"]
-
-
-def watched(*words: object) -> tuple[dict[str, Any], int]:
-    """The report of a training, and the most that its process held, in bytes."""
-    start = [sys.executable, "-c", WATCHED, *line(*words)]
-    done = subprocess.run(start, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    report, peak = json.loads(done.stdout)
-    return report, peak
 
 
 def kill_in_the_middle(out: Path, *words: object) -> None:
@@ -100,3 +85,13 @@ def test_a_paged_run_is_continued_within_the_budget_it_was_begun_with(given: lis
     assert peak <= budget
     assert report["steps"] == 2 * STEPS
     assert_same_bits(last_state(out)[1], last_state(tmp_path / "whole")[1])
+    assert not (out / "cache").exists()
+
+
+def test_a_start_that_the_disk_refuses_leaves_no_pages(given: list[object], tmp_path: Path) -> None:
+    """A limit on the size of files that the state of one block is above."""
+    limited = [sys.executable, "-c", LIMITED, *line(*given, "--out", tmp_path / "run")]
+    done = subprocess.run(limited, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+    assert done.returncode == 8, done.stderr
+    assert "paging a block out" in done.stderr
+    assert not (tmp_path / "run" / "cache").exists()
