@@ -24,7 +24,6 @@ from edgelocal.exporters.search import Found, frontier, search
 from edgelocal.exporters.search_costs import make_problem
 from edgelocal.exporters.search_problem import Candidate, Problem
 from edgelocal.exporters.trial import (
-    SAMPLES,
     arena_parts,
     partition_point,
     trial_block,
@@ -32,7 +31,7 @@ from edgelocal.exporters.trial import (
     working_set,
 )
 from edgelocal.exporters.units import Network, output_shapes
-from edgelocal.profiles import idle_process_bytes
+from edgelocal.profiles import ASSUMED_SAMPLES, idle_process_bytes
 from edgelocal.spec import BlockSpec, FrontierSpec, RuleSpec
 
 Say = Callable[[str], None]
@@ -68,7 +67,7 @@ def fit(network: Network, request: ExportRequest, budget_bytes: int, say: Say) -
         raise BudgetError(
             f"no partition of {network.name} fits {format_size(budget_bytes)} with batches of "
             f"{request.defaults.batch}: the smallest budget that would do is {format_size(least)} "
-            f"({least} bytes, {format_size(idle)} of it the idle process and the data, for up to {SAMPLES:,} samples); "
+            f"({least} bytes, {format_size(idle)} of it the idle process and the data, for up to {ASSUMED_SAMPLES:,} samples); "
             "raise --memory-budget, lower --batch, --aux-depth or --aux-depth-min, or let the device use "
             "micro-batches (export with --blocks per-unit)"
         )

@@ -91,21 +91,13 @@ def partition_point(kind: str, specs: Sequence[BlockSpec], macs: int, batch: int
 def whole_batch_budget(specs: Sequence[BlockSpec], request: ExportRequest) -> int:
     """The smallest budget with which `edgelocal plan` keeps the batch whole on a device with a profile.
 
-    The process, the data pipeline of ASSUMED_SAMPLES samples and validation are in it; graphs and states that wait are not.
+    The process, the data pipeline of ASSUMED_SAMPLES and validation are in it; graphs and states that wait are not.
     """
     names = [f"{index:03}" for index in range(len(specs))]
     manifest = _manifest([replace(s, name=name) for s, name in zip(specs, names, strict=True)], request)
+    samples = ASSUMED_SAMPLES
     plan = PlanRequest(
-        Path(),
-        "auto",
-        None,
-        None,
-        "interleaved",
-        ASSUMED_SAMPLES,
-        validate=True,
-        augment=True,
-        profile=None,
-        threads=THREADS,
+        Path(), "auto", None, None, "interleaved", samples, validate=True, augment=True, profile=None, threads=THREADS
     )
     idle = idle_process_bytes(len(render_manifest(manifest)))
     return make_thresholds(assumed_work(manifest, plan, idle, THREADS)).batch
