@@ -11,16 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from edgelocal.spec import (
-    AffineSpec,
-    ArenaBytes,
-    BlockMemorySpec,
-    BlockSpec,
-    GraphSpec,
-    MemorySpec,
-    TensorSpec,
-    graph_bytes,
-)
+from edgelocal.memory_spec import AffineSpec, ArenaBytes, MemorySpec
+from edgelocal.spec import BlockMemorySpec, BlockSpec, GraphSpec, TensorSpec, graph_bytes
 
 ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1}
 THREAD_BYTES = 60 << 10  # what a thread touches; a loaded graph has one for each of --threads beyond the first

@@ -18,8 +18,9 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TypeAlias
 
+from edgelocal.memory_spec import ArenaBytes
 from edgelocal.needs import BlockNeeds, PipelineBytes, Way, block_needs, loaded_bytes
-from edgelocal.spec import ArenaBytes, BlockSpec, GraphSpec, Manifest
+from edgelocal.spec import BlockSpec, GraphSpec, Manifest
 
 # Code and tables of the runtime that its first steps touch, and what convolutions add (measured, docs/promises.md).
 RUNTIME_BYTES, CONVOLUTION_BYTES = 13 << 18, 9 << 18

@@ -28,8 +28,9 @@ from typing import Any
 
 from edgelocal.budget import format_size
 from edgelocal.errors import BudgetError
+from edgelocal.memory_spec import ARENA_TABLE, table_bytes
 from edgelocal.peaks import ALL_TRIED, Workload
-from edgelocal.spec import ARENA_TABLE, Manifest, table_bytes
+from edgelocal.spec import Manifest
 
 _IDLE_STEP, _IDLE_SLACK = 1 << 20, 128 << 10  # equal processes differ by 4 to 120 KiB
 

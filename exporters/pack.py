@@ -30,6 +30,7 @@ from edgelocal.exporters.trial import partition_point
 from edgelocal.exporters.units import Network, check_composition, load_network
 from edgelocal.exporters.weights import load_weights
 from edgelocal.manifest import parse_manifest, render_manifest
+from edgelocal.memory_spec import MemorySpec
 from edgelocal.onnx_wire import compose
 from edgelocal.spec import (
     AccumulationSpec,
@@ -40,7 +41,6 @@ from edgelocal.spec import (
     GraphSpec,
     MacsSpec,
     Manifest,
-    MemorySpec,
     RuleSpec,
     TensorSpec,
 )

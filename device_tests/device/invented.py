@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edgelocal.memory_spec import AffineSpec, MemorySpec, PeakSpec
 from edgelocal.spec import (
     AccumulationSpec,
-    AffineSpec,
     AugmentSpec,
     BlockMemorySpec,
     BlockSpec,
@@ -14,9 +14,7 @@ from edgelocal.spec import (
     GraphSpec,
     InputSpec,
     Manifest,
-    MemorySpec,
     OptimizerSpec,
-    PeakSpec,
     RuleSpec,
     TaskSpec,
     TensorSpec,

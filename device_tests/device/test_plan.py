@@ -21,12 +21,13 @@ from edgelocal import plan as planning
 from edgelocal.bundle import Bundle
 from edgelocal.data import open_dataset, pipeline_bytes
 from edgelocal.errors import BudgetError, UsageError
+from edgelocal.memory_spec import MemorySpec
 from edgelocal.needs import PipelineBytes
 from edgelocal.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES, Workload
 from edgelocal.plan import Plan, Thresholds, steady_idle
 from edgelocal.plan_command import PlanRequest, assumed_pipeline, paged_bytes_per_step, plan_for
 from edgelocal.plan_table import plan_lines
-from edgelocal.spec import BlockSpec, Manifest, MemorySpec, graph_bytes
+from edgelocal.spec import BlockSpec, Manifest, graph_bytes
 
 IDLE = 1_000_000
 DATA = PipelineBytes(resident=3000, making=2000)

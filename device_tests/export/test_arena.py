@@ -18,7 +18,8 @@ from edgelocal.exporters.memory.liveness import IN_PLACE, graph_of
 from edgelocal.exporters.memory.model import scratch
 from edgelocal.exporters.memory.shapes import value_types
 from edgelocal.exporters.memory.simulate import arena_after
-from edgelocal.spec import GraphSpec, TensorSpec, table_bytes
+from edgelocal.memory_spec import table_bytes
+from edgelocal.spec import GraphSpec, TensorSpec
 
 MIB = 1 << 20
 BATCH = 4

@@ -24,7 +24,7 @@ from edgelocal.exporters.memory.shapes import value_types
 from edgelocal.exporters.memory.simulate import arena_peak
 from edgelocal.exporters.memory.trade import computed_again, trade
 from edgelocal.exporters.onnx_block import ExportedGraph
-from edgelocal.spec import MemorySpec
+from edgelocal.memory_spec import MemorySpec
 
 _ROUNDS = 2  # a value computed again may wait for two uses in turn
 _DONE: dict[tuple[bytes, int], Lean] = {}
