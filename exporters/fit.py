@@ -68,8 +68,8 @@ def fit(network: Network, request: ExportRequest, budget_bytes: int, say: Say) -
             f"no partition of {network.name} fits {format_size(budget_bytes)} with batches of "
             f"{request.defaults.batch}: the smallest budget that would do is {format_size(least)} "
             f"({least} bytes, {format_size(idle)} of it the idle process and the data, for up to "
-            f"{ASSUMED_SAMPLES:,} samples); raise --memory-budget, lower --batch, --aux-depth or --aux-depth-min, or "
-            "let the device use micro-batches (export with --blocks per-unit)"
+            f"{ASSUMED_SAMPLES:,} samples); raise --memory-budget, lower --batch (train takes a larger one in "
+            "micro-batches), --aux-depth or --aux-depth-min, or export with --blocks per-unit"
         )
     say(f"{len(found.blocks)} blocks chosen after looking at {len(found.known)}")
     if not request.frontier:

@@ -117,6 +117,31 @@ def test_batches_are_cut_to_every_peak_of_ours_and_measured_in_every_round(calls
     assert len(probes) == len(set(probes))
 
 
+def test_where_no_partition_takes_a_whole_batch_one_is_searched_that_takes_a_part(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[int, str]] = []
+
+    def export(setting: Setting, folder: Path, variant: str, say: Any, **options: Any) -> Bundle:
+        if options.get("budget"):
+            tried.append((setting.batch, variant))
+            if setting.batch * 30 * MIB > int(options["budget"]) - 70 * MIB:
+                raise BudgetError("no partition fits")
+        return Bundle(variant, folder)
+
+    monkeypatch.setattr(compare, "export_variant", export)
+    found = compare.bench_memory(SETTING, 1, None, lambda text: None)
+    twelve = "edgelocal, partition for 12% of PyTorch"
+    # Of 400 MiB half, a quarter and an eighth: at 30 MiB a sample 6, 3 and 1 of them, where 8, 4, 2 and 1 are tried.
+    assert tried == [
+        *((n, FITTING[0]) for n in (8, 4)),
+        *((n, FITTING[1]) for n in (8, 4, 2)),
+        *((n, twelve) for n in (8, 4, 2, 1)),
+    ]
+    assert twelve in [s["name"] for s in found["skipped"]]  # found, but the training, invented here, needs more
+    assert FITTING[1] in [row["name"] for row in found["variants"]]
+
+
 def test_without_blocks_of_one_unit_the_rest_is_measured(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_smallest", lambda *given: MIB)
     found = compare.bench_memory(SETTING, 1, None, lambda text: None)

@@ -55,14 +55,11 @@ def test_m1_no_process_holds_more_than_its_budget(rows: list[Row]) -> None:
 
 
 def test_m2_predictions_are_honest(rows: list[Row]) -> None:
-    """Of the block that needs most. Where all is small, it matters which pages of code a network happens to use,
-    and graphs that are loaded after the measurement, to validate."""
+    """Of every block; of a few MiB the pages of code that a network happens to use are a larger part."""
     for row in rows:
-        predicted, measured = max(row.working_set, key=lambda pair: pair[1])
-        if measured > 16 * MIB:
-            assert 1.00 <= predicted / measured <= 1.15, row.budget
-        else:
-            assert 0 <= predicted - measured < 5 * MIB, row.budget
+        for predicted, measured in row.working_set:
+            most = 1.15 if measured > 16 * MIB else 1.2
+            assert 1.00 <= predicted / measured <= most, row.budget
 
 
 # argv: bundle, data. Trainings inside this process, as the command would do them.

@@ -109,14 +109,32 @@ def _own_variants(setting: Setting, plain_bytes: int, folder: Path, figures: Fig
     for share in SHARES:
         budget = first.idle_bytes + int(share * plain_bytes)
         label = f"{share:.0%} of PyTorch"
+        name = f"{_PARTITION}{label}"
         try:
-            place, name = folder / f"fit{share}", f"{_PARTITION}{label}"
-            chosen = export_variant(setting, place, name, say, rule="auglocal", budget=str(budget))
+            chosen = _searched(setting, folder / f"fit{share}", name, budget, say)
             found.append(_trained(setting, chosen, data, runs, budget))
         except BudgetError as error:
             figures.skip(name, str(error))
         found.append(_trained(setting, replace(units, variant=f"{_PER_UNIT}, {label}"), data, runs, budget))
     return found
+
+
+def _searched(setting: Setting, folder: Path, name: str, budget: int, say: Say) -> Bundle:
+    """The partition for a budget. Where none fits a whole batch, it is searched for half of it, and so on: the device
+    then takes the batch in micro-batches.
+
+    Raises:
+        BudgetError: not even one sample fits.
+    """
+    batch = setting.batch
+    while True:
+        try:
+            return export_variant(replace(setting, batch=batch), folder, name, say, rule="auglocal", budget=str(budget))
+        except BudgetError:
+            if batch == 1:
+                raise
+            say(f"no partition fits {format_size(budget)} with a batch of {batch}: looking for one with half of it")
+            batch = -(-batch // 2)
 
 
 def _trained(setting: Setting, bundle: Bundle, data: Path, runs: Iterator[Path], budget: int | None = None) -> Variant:

@@ -82,7 +82,16 @@ def measure_own(
         UsageError: the process failed otherwise; the message holds what it said.
     """
     line = [sys.executable, "-m", "edgelocal", "train", str(bundle.folder), "--data", str(data), "--out", str(out)]
-    line += ["--epochs", "1", "--threads", str(setting.threads), "--no-augment", "--json"]
+    line += [
+        "--batch",
+        str(setting.batch),
+        "--epochs",
+        "1",
+        "--threads",
+        str(setting.threads),
+        "--no-augment",
+        "--json",
+    ]
     line += ["--checkpoint-seconds", "100000"]
     if budget_bytes is not None:
         line += ["--memory-budget", str(budget_bytes)]
