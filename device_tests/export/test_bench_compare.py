@@ -196,6 +196,18 @@ def test_the_command_line_refuses_none_of_something(option: str) -> None:
     assert f"Invalid value for '{option}'" in done.output
 
 
+def test_times_compare_within_a_round() -> None:
+    """A machine that is four times as slow in the second round, and ours twice as slow as PyTorch, once five times."""
+    figures = compare.Figures(lambda text: None)
+    for a, b in zip([1.0, 4.0, 1.0], [5.0, 8.0, 2.0], strict=True):
+        pair = [("PyTorch", a), ("ours", b)]
+        figures.measure([compare.Variant(n, lambda n=n, t=t: measurement(n, MIB, t)) for n, t in pair], "round")
+    rows = {row["name"]: row for row in compare._rows(figures)}
+    assert rows["ours"]["time_ratio"] == 2.0
+    assert rows["ours"]["times_per_sample_s"] == [5 / 8, 1.0, 2 / 8]
+    assert rows["PyTorch"]["time_ratio"] == 1.0
+
+
 def test_the_table_shows_parts_of_pytorch(calls: list[str]) -> None:
     console = Console(width=200, record=True, quiet=False, file=None)
     with console.capture() as shown:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -37,6 +38,7 @@ from edgelocal.plan import make_thresholds
 
 Say = Callable[[str], None]
 SHARES = (0.5, 0.25, 0.12)  # of PyTorch's working set: the budgets of the partitions
+MIB = 1 << 20
 _IDLE_VARIES = 1 << 20  # from one process to the next
 _TUNED = " (malloc tuned)"
 _PER_UNIT = "edgelocal, a block for every unit"
@@ -203,33 +205,42 @@ def _found(setting: Setting, rounds: int, done: int, figures: Figures, cuts: lis
         "partial": None if done == rounds else done,
         "steps": setting.steps,
         "machine": {"machine": platform.machine(), "cores": describe().cores, "threads": setting.threads},
-        "variants": [{"name": name, **_row(value)} for name, value in figures.results().items()],
+        "variants": _rows(figures),
         "cut_batches": cuts,
         "skipped": list(figures.skipped),
     }
 
 
-def _row(found: Measurement) -> dict[str, Any]:
-    values = asdict(found)
-    del values["step_s"]
-    return values
+def _rows(figures: Figures) -> list[dict[str, Any]]:
+    """A variant's medians, its times of all rounds, and `time_ratio`, the median over the rounds of its time beside
+    that of the first variant in the same round: machines slow down and speed up, so median times do not compare."""
+    times = figures.times()
+    first = next(iter(times.values()), [])
+    rows = []
+    for name, found in figures.results().items():
+        values = asdict(found)
+        del values["step_s"]
+        ratio = median(own / plain for own, plain in zip(times[name], first, strict=False))
+        rows.append({"name": name, **values, "times_per_sample_s": times[name], "time_ratio": ratio})
+    return rows
 
 
 def bench_table(found: dict[str, Any]) -> Table:
     """A row a variant, in figures and as parts of PyTorch's."""
     title = f"{found['network']}, {found['input']}, batch {found['batch']}, {found['rounds']} rounds, interleaved"
     table = Table(title=title, title_justify="left")
-    for name in ("variant", "batch", "working set", "of PyTorch", "process", "ms a sample", "of PyTorch"):
-        table.add_column(name, justify="left" if name == "variant" else "right", overflow="fold")
+    table.add_column("variant", overflow="fold")
+    for name in ("batch", "working\nset, MiB", "of\nPyTorch", "process,\nMiB", "ms a\nsample", "of\nPyTorch"):
+        table.add_column(name, justify="right", no_wrap=True)
     first = found["variants"][0]
     for row in found["variants"]:
         table.add_row(
             row["name"],
             str(row["batch"]),
-            format_size(row["working_set_bytes"]),
+            f"{row['working_set_bytes'] / MIB:.1f}",
             f"{row['working_set_bytes'] / first['working_set_bytes']:.3f}",
-            format_size(row["process_peak_bytes"]),
+            f"{row['process_peak_bytes'] / MIB:.1f}",
             f"{1000 * row['time_per_sample_s']:.2f}",
-            f"{row['time_per_sample_s'] / first['time_per_sample_s']:.2f}",
+            f"{row['time_ratio']:.2f}",
         )
     return table

@@ -55,6 +55,10 @@ class Figures:
                 f"{1000 * result.time_per_sample_s:.2f} ms a sample"
             )
 
+    def times(self) -> dict[str, list[float]]:
+        """Seconds a sample in every round, by the name of the variant."""
+        return {name: [r.time_per_sample_s for r in rounds] for name, rounds in self._found.items()}
+
     def results(self) -> dict[str, Measurement]:
         """Medians over the rounds, by the name of the variant."""
         return {name: combine(rounds) for name, rounds in self._found.items()}
