@@ -222,16 +222,21 @@ class Workload:
         sizes = self._graph_sizes(micro).values()
         return sum(sizes) if every else max(sizes)
 
-    def graphs_while(self, index: int, micro: Sequence[int], limit: int) -> int:
-        """Bytes of graphs that are loaded at most while block `index` works, where no more than `limit` may be: the one
-        that runs, and those that fit beside it."""
+    def graphs_beside(self, micro: Sequence[int], limit: int) -> list[int]:
+        """For every block the bytes of graphs that are loaded at most while it works, where no more than `limit` may
+        be: the one that runs, and those that fit beside it."""
         sizes = self._graph_sizes(micro)
+        total = sum(sizes.values())
+        if total <= limit:
+            return [total] * len(self.needs)
         found = []
-        for graph in self.way(self.needs[index], micro[index]).graphs:
-            running = loaded_bytes(graph, self.threads)
-            others = (size for key, size in sizes.items() if key != graph.key and running + size <= limit)
-            found.append(min(limit, running + sum(others)))
-        return max(found)
+        for needs, samples in zip(self.needs, micro, strict=True):
+            held = []
+            for key in {graph.key for graph in self.way(needs, samples).graphs}:
+                others = (size for other, size in sizes.items() if other != key and sizes[key] + size <= limit)
+                held.append(min(limit, sizes[key] + sum(others)))
+            found.append(max(held))
+        return found
 
     def _graph_sizes(self, micro: Sequence[int]) -> dict[str, int]:
         """Bytes of every graph that the run uses, equal structures once."""

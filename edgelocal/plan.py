@@ -206,6 +206,7 @@ def _blocks(
     batch = work.batch
     kept = _sum(work.needs[i].state for i in resident)
     # The region is that of the graph that needs the largest, and so is its table, whichever block works.
+    loaded = work.graphs_beside(micro, graphs)
     frozen, blocks = 0, []
     for index, (needs, size) in enumerate(zip(work.needs, micro, strict=True)):
         way = work.way(needs, size)
@@ -218,8 +219,7 @@ def _blocks(
         inside["workspace"] = touched - sum(inside.values())
         ends = {"input": needs.input.at(batch), "output": needs.output.at(batch)}
         own = {} if index in resident else needs.state
-        loaded = work.graphs_while(index, micro, graphs)
-        around = {"runtime": work.runtime + loaded + table, "pipeline": work.pipeline.resident}
+        around = {"runtime": work.runtime + loaded[index] + table, "pipeline": work.pipeline.resident}
         predicted = _sum((kept, own, way.written, inside, ends, around))
         blocks.append(
             BlockPlan(needs.spec.name, size, -(-batch // size), index in resident, predicted, touched + table)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from device_tests.device.runs import DROPOUT, RESIDUAL, answer, copy_bundle, put, write_data
+from device_tests.device.runs import DROPOUT, RESIDUAL, answer, copy_bundle, put, slowness, write_data
 from edgelocal import session
 from edgelocal.bundle import open_bundle, verify
 from edgelocal.errors import BundleError
@@ -157,7 +157,7 @@ def test_a_graph_of_a_mebibyte_is_scanned_in_a_tenth_of_a_second() -> None:
         started = time.process_time()
         scan(model)
         times.append(time.process_time() - started)
-    assert min(times) < 0.1
+    assert min(times) < 0.1 * slowness()
 
 
 def test_the_runtime_never_sees_a_hostile_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
