@@ -181,7 +181,7 @@ def pipeline_bytes(
     ]
     order = _ORDER_BYTES * len(datasets[0])
     resident = sum(data.resident_bytes for data in datasets) + order
-    return PipelineBytes(resident, max(0, max(working) + _OVERHEAD - order))
+    return PipelineBytes(resident, max(working) + _OVERHEAD - order)
 
 
 def _batch_bytes(data: Sizes, batch: int, spec: InputSpec, augment: AugmentSpec | None) -> int:

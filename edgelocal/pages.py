@@ -6,6 +6,7 @@ memory wears.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,12 +22,15 @@ PREFIX = "state-"
 
 
 def clear_pages(folder: Path) -> None:
-    """Remove page files that nobody removed, as of a start that failed, and the folder if nothing else is in it."""
-    with storage_errors(folder, DISK, "removing paged blocks"):
+    """Remove page files that nobody removed, as of a start that failed, and the folder if nothing else is in it.
+
+    What the disk refuses stays: a run that ended, well or not, does not end otherwise because of it.
+    """
+    with contextlib.suppress(OSError):
         for path in folder.glob(f"{PREFIX}*"):
             path.unlink(missing_ok=True)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if not folder.is_symlink():  # one to another medium is the user's
+            folder.rmdir()  # refused if anything is in it
 
 
 class PageFile:

@@ -50,7 +50,8 @@ class Workload:
     """What is to be planned: the blocks of a network with a batch, and what is around them, in bytes.
 
     `most` is the largest micro-batch, `idle` the process before it plans, `pipeline_at` what the data takes at a batch,
-    `validates` whether batches also pass through the whole network in inference mode, `threads` those of each graph.
+    `validates` whether batches also pass through the whole network in inference mode, `threads` those of each graph,
+    `convolves` whether the network has convolutions.
     """
 
     needs: tuple[BlockNeeds, ...]
@@ -61,6 +62,7 @@ class Workload:
     pipeline_at: Callable[[int], PipelineBytes]
     validates: bool
     threads: int
+    convolves: bool
 
     @classmethod
     def of(
@@ -82,7 +84,8 @@ class Workload:
         def pipeline_at(samples: int) -> PipelineBytes:
             return pipeline(samples) if callable(pipeline) else pipeline
 
-        return cls(needs, batch, most, schedule, idle_bytes, pipeline_at, validates, threads)
+        convolves = has_convolutions(manifest.blocks)
+        return cls(needs, batch, most, schedule, idle_bytes, pipeline_at, validates, threads, convolves)
 
     @cached_property
     def pipeline(self) -> PipelineBytes:
@@ -212,10 +215,10 @@ class Workload:
         count = bisect_right(first, room, key=lambda k: self.beside(micro, graphs, frozenset(order[:k]))) - 1
         return frozenset(order[: max(0, count)])
 
-    @cached_property
+    @property
     def runtime(self) -> int:
         """What the runtime takes besides graphs and arena."""
-        return runtime_bytes(needs.spec for needs in self.needs)
+        return runtime_bytes(self.convolves)
 
     def graph_bytes(self, micro: Sequence[int], *, every: bool) -> int:
         """Bytes of every graph that the run uses, or of the largest alone."""
@@ -248,7 +251,11 @@ class Workload:
         return {graph.key: loaded_bytes(graph, self.threads) for graph in used}
 
 
-def runtime_bytes(blocks: Iterable[BlockSpec]) -> int:
+def has_convolutions(blocks: Iterable[BlockSpec]) -> bool:
+    """Whether any weight has three dimensions or more, as those of convolutions have."""
+    return any(t.kind == "param" and len(t.shape) >= 3 for block in blocks for t in block.step.inputs)
+
+
+def runtime_bytes(convolves: bool) -> int:
     """What the runtime takes besides graphs and arena, for networks with or without convolutions."""
-    convolves = any(t.kind == "param" and len(t.shape) == 4 for block in blocks for t in block.step.inputs)
     return RUNTIME_BYTES + convolves * CONVOLUTION_BYTES

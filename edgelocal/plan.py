@@ -4,7 +4,8 @@ What a process holds while block b works, above the idle process:
 
     state       parameters, optimizer slots and buffers: of all blocks, or of b alone where they are paged
     copies      what a step writes anew beside them (parameters that are still read, sums of gradients)
-    graphs      loaded graphs, of all blocks (equal structures once) or the largest alone
+    graphs      loaded graphs, of all blocks (equal structures once) or as much as the largest takes; while b works only
+                those that fit beside its own
     arena       activations, gradients, workspace: the memory model at the micro-batch; and its region's table
     in and out  the batch and the block's output for the next block
     data        what the data pipeline keeps
@@ -205,7 +206,6 @@ def _blocks(
 ) -> tuple[BlockPlan, ...]:
     batch = work.batch
     kept = _sum(work.needs[i].state for i in resident)
-    # The region is that of the graph that needs the largest, and so is its table, whichever block works.
     loaded = work.graphs_beside(micro, graphs)
     frozen, blocks = 0, []
     for index, (needs, size) in enumerate(zip(work.needs, micro, strict=True)):
@@ -219,6 +219,7 @@ def _blocks(
         inside["workspace"] = touched - sum(inside.values())
         ends = {"input": needs.input.at(batch), "output": needs.output.at(batch)}
         own = {} if index in resident else needs.state
+        # The region is that of the graph that needs the largest, and so is its table, whichever block works.
         around = {"runtime": work.runtime + loaded[index] + table, "pipeline": work.pipeline.resident}
         predicted = _sum((kept, own, way.written, inside, ends, around))
         blocks.append(
@@ -244,7 +245,8 @@ def _refusal(work: Workload, budget: int) -> str:
     need = work.idle + worst.total
     apart = f"{format_size(work.idle)} of it the idle process"
     if plan.peak_bytes > need:
-        apart += f", and {format_size(plan.peak_bytes - need)} more to make a batch or pass it through the network"
+        more = format_size(plan.peak_bytes - need)
+        apart += f", and {more} more for graphs of other blocks, or to make a batch or pass it through the network"
     fitting = work.largest_batch(budget)
     # Of very large batches not all were tried.
     which = "the largest" if work.batch - 1 <= ALL_TRIED else "a"

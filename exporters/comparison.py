@@ -18,7 +18,7 @@ from edgelocal.exporters.search_problem import Candidate, Problem
 from edgelocal.exporters.trial import THREADS, arena_parts
 from edgelocal.exporters.units import Network, output_shapes
 from edgelocal.needs import block_needs, loaded_bytes, tensor_bytes
-from edgelocal.peaks import runtime_bytes
+from edgelocal.peaks import has_convolutions, runtime_bytes
 from edgelocal.spec import BlockSpec, FrontierSpec
 
 
@@ -105,4 +105,5 @@ def _fixed_bytes(specs: Sequence[BlockSpec], batch: int) -> int:
     nodes = sum(spec.step.nodes or 0 for spec in specs) * len(own) // max(len(state), 1)
     graph = loaded_bytes(replace(specs[0].step, nodes=nodes), THREADS)
     peak = max(arena_parts(spec, batch)[0] for spec in specs)
-    return runtime_bytes(specs) + graph + tensors + peak + needs[0].input.at(batch) + needs[-1].output.at(batch)
+    runtime = runtime_bytes(has_convolutions(specs))
+    return runtime + graph + tensors + peak + needs[0].input.at(batch) + needs[-1].output.at(batch)

@@ -105,11 +105,13 @@ class _Learner:
             network.input_shape,
             *output_shapes([u.module for u in network.units], network.input_shape, network.name, network.input_dtype),
         ]
+        weights = (weight for unit in network.units for weight in unit.module.parameters())
+        self._convolves = any(weight.dim() >= 3 for weight in weights)
         self._known: dict[tuple[str, Candidate], BlockSpec] = {}
 
     def truth(self, rule: RuleSpec) -> Callable[[Candidate], int]:
         """The working set in bytes of a block under `rule`, with the request's batch."""
-        return lambda candidate: working_set(self._learn(rule, candidate), self.request.defaults.batch)
+        return lambda candidate: self._size(self._learn(rule, candidate))
 
     def blocks(self, rule: RuleSpec, problem: Problem, candidates: Sequence[Candidate]) -> list[BlockSpec]:
         """What blocks need; those of one kind need the same."""
@@ -151,12 +153,15 @@ class _Learner:
             dtype = self._network.input_dtype if candidate.start == 0 else torch.float32
             block = self._block(rule, candidate)
             self._known[key] = trial_block(block, self.request, self._shapes[candidate.start], dtype)
-            size = format_size(working_set(self._known[key], self.request.defaults.batch))
+            size = format_size(self._size(self._known[key]))
             names = [unit.name for unit in self._network.units[candidate.start : candidate.stop]]
             depth = f" with {candidate.depth} auxiliary layers" if candidate.depth else ""
             ends = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             self._say(f"{rule.name} block {ends}{depth}: {size}")
         return self._known[key]
+
+    def _size(self, spec: BlockSpec) -> int:
+        return working_set(spec, self.request.defaults.batch, self._convolves)
 
     def _block(self, rule: RuleSpec, candidate: Candidate) -> LocalBlock:
         """The block alone, cut out of the network; what is before and behind it does not matter."""

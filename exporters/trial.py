@@ -14,7 +14,7 @@ from edgelocal.exporters.request import ExportRequest
 from edgelocal.exporters.rules import LocalBlock
 from edgelocal.manifest import graphs_of, render_manifest
 from edgelocal.needs import PipelineBytes, block_needs
-from edgelocal.peaks import Workload
+from edgelocal.peaks import Workload, has_convolutions
 from edgelocal.plan import make_thresholds
 from edgelocal.plan_command import PlanRequest, assumed_work
 from edgelocal.profiles import ASSUMED_SAMPLES, PROFILES, idle_process_bytes
@@ -64,10 +64,12 @@ def trial_block(block: LocalBlock, request: ExportRequest, shape: tuple[int, ...
     )
 
 
-def working_set(spec: BlockSpec, batch: int) -> int:
-    """Bytes above the idle process while the step runs on a whole batch and nothing else is loaded, without data."""
+def working_set(spec: BlockSpec, batch: int, convolves: bool) -> int:
+    """Bytes above the idle process while the step runs on a whole batch and nothing else is loaded, without data;
+    `convolves` says whether any block of the network has convolutions."""
     no_data = PipelineBytes(0, 0)
-    alone = Workload((block_needs(spec),), batch, batch, "interleaved", 0, lambda n: no_data, False, THREADS)
+    needs = (block_needs(spec),)
+    alone = Workload(needs, batch, batch, "interleaved", 0, lambda n: no_data, False, THREADS, convolves)
     graphs = alone.graph_bytes(alone.uncut, every=False)
     return alone.arena(alone.uncut).total + alone.beside(alone.uncut, graphs)
 
@@ -84,7 +86,8 @@ def arena_parts(spec: BlockSpec, batch: int) -> tuple[int, int]:
 def partition_point(kind: str, specs: Sequence[BlockSpec], macs: int, batch: int) -> FrontierSpec:
     """These blocks in the trade-off; `macs` are those of training a sample without what is computed again."""
     again = sum(spec.macs.recomputed for spec in specs if spec.macs is not None)
-    largest = max(working_set(spec, batch) for spec in specs)
+    convolves = has_convolutions(specs)
+    largest = max(working_set(spec, batch, convolves) for spec in specs)
     return FrontierSpec(kind, len(specs), largest, macs + again, False, batch, estimated=False)
 
 

@@ -164,14 +164,16 @@ def test_graphs_that_do_not_fit_beside_the_one_that_runs_do_not_count_for_its_bl
     assert found == [large, middle + small, middle + small]
 
 
-def test_convolutions_take_more_of_the_runtime() -> None:
+@pytest.mark.parametrize(("dims", "factor"), [((), 0), ((1,), 0), ((1, 1), 1), ((1, 1, 1), 1)])
+def test_convolutions_take_more_of_the_runtime(dims: tuple[int, ...], factor: int) -> None:
+    """Weights of three dimensions are those of convolutions of sequences."""
     plain = manifest(Invented())
     weight = next(t for t in plain.blocks[0].step.inputs if t.kind == "param")
-    inputs = tuple(replace(t, shape=(*t.shape, 1, 1, 1)) if t == weight else t for t in plain.blocks[0].step.inputs)
+    inputs = tuple(replace(t, shape=(*t.shape, *dims)) if t == weight else t for t in plain.blocks[0].step.inputs)
     block = replace(plain.blocks[0], step=replace(plain.blocks[0].step, inputs=inputs))
     with_convolution = replace(plain, blocks=(block,))
     peaks = [make_plan(network, budget_bytes=None, **SETTING).peak_bytes for network in (plain, with_convolution)]
-    assert peaks[1] - peaks[0] == CONVOLUTION_BYTES
+    assert peaks[1] - peaks[0] == factor * CONVOLUTION_BYTES
 
 
 def test_validation_keeps_its_arena_its_graphs_and_the_batch() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from device_tests.device.runs import DROPOUT, RESIDUAL, disturb
 from edgelocal.errors import BundleError
-from edgelocal.manifest import MAX_MANIFEST_BYTES, SEAL, parse_manifest, render_manifest, seal
+from edgelocal.manifest import MAX_MANIFEST_BYTES, SEAL, is_plain, parse_manifest, render_manifest, seal
 from edgelocal.spec import (
     AugmentSpec,
     DefaultsSpec,
@@ -138,10 +138,12 @@ REFUSED: list[tuple[str, Edit, str]] = [
     ),
     ("a negative arena", modelled((1, -512, 512), (2, 1024, 1024)), "memory: expected sizes in bytes"),
     ("no memory model", lambda m: m.update(schema=2), "block 00: expected its memory and its accumulation"),
-    ("an escape in the network", lambda m: m.update(network="n\x1b[2J"), "expected text without control characters"),
-    ("a line in a unit", lambda m: m.update(units=["a\nb"]), "expected text without control characters"),
-    ("a bell in a version", lambda m: m["versions"].update(torch="\x07"), "expected text without control characters"),
-    ("a control sequence in a tensor", lambda m: step(m)["inputs"][0].update(name="x\x9b"), "no control characters"),
+    ("an escape in the network", lambda m: m.update(network="n\x1b[2J"), "has text with control characters"),
+    ("a line in a unit", lambda m: m.update(units=["a\nb"]), "has text with control characters"),
+    ("a bell in a version", lambda m: m["versions"].update(torch="\x07"), "has text with control characters"),
+    ("a control sequence", lambda m: step(m)["inputs"][0].update(name="x\x9b"), "has text with control characters"),
+    ("an escape in a key", lambda m: m["versions"].update({"\x1b[2J": "1"}), "has text with control characters"),
+    ("an escape in a rule", lambda m: m["rule"].update(name="\x1b[2J"), "has text with control characters"),
     ("unknown key", lambda m: m.update(extra=1), r"manifest: unknown keys \['extra'\], missing keys \[\]"),
     ("unknown key inside", lambda m: step(m).update(a=1), r"manifest.blocks\[0\].step: unknown keys \['a'\]"),
     ("missing key", lambda m: m["task"].pop("loss"), r"manifest.task: unknown keys \[\], missing keys \['loss'\]"),
@@ -173,7 +175,7 @@ REFUSED: list[tuple[str, Edit, str]] = [
     ("absolute path", renamed("/etc/passwd"), "expected a plain relative path, found '/etc/passwd'"),
     ("windows path", renamed("C:x"), "expected a plain relative path"),
     ("backslash", renamed("a\\x"), "expected a plain relative path"),
-    ("nul in path", renamed("a\0x"), "expected a plain relative path"),
+    ("nul in path", renamed("a\0x"), "has text with control characters"),
     ("double slash", renamed("a//x"), "expected a plain relative path"),
     ("dot", renamed("./x"), "expected a plain relative path"),
     ("empty path", renamed(""), "expected a plain relative path"),
@@ -234,7 +236,7 @@ REFUSED: list[tuple[str, Edit, str]] = [
     ),
     ("block named as a path", lambda m: m["blocks"][0].update(name="../x"), "expected a plain name, found '../x'"),
     ("block with a colon", lambda m: m["blocks"][0].update(name="a:b"), "expected a plain name, found 'a:b'"),
-    ("block with a line", lambda m: m["blocks"][0].update(name="a\n"), "expected a plain name"),
+    ("block with a line", lambda m: m["blocks"][0].update(name="a\n"), "has text with control characters"),
     ("block of a long name", lambda m: m["blocks"][0].update(name="b" * 33), "expected a plain name"),
     ("blocks of one name", lambda m: m["blocks"][1].update(name="00"), "manifest.blocks: expected a name of its own"),
 ]
@@ -242,8 +244,9 @@ REFUSED: list[tuple[str, Edit, str]] = [
 
 @pytest.mark.parametrize(("edit", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
 def test_refused(edit: Edit, message: str) -> None:
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(BundleError, match=message) as caught:
         parse_manifest(edited(edit))
+    assert is_plain(str(caught.value))
 
 
 @pytest.mark.parametrize(

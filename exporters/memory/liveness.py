@@ -1,8 +1,8 @@
 """The order in which ONNX Runtime allocates and frees the values of a graph that runs in the order of its nodes.
 
 As its planner does without memory reuse (`enable_mem_reuse=False`): a value is allocated when its node runs and freed
-after its last use; reshapes share the memory of their input; an elementwise result takes the place of an input of the
-same shape that nobody needs any more. Inputs and outputs of the graph are the caller's memory.
+after its last use; reshapes share the memory of their input; the result of some kernels takes the place of their first
+input, if nobody needs it any more. Inputs and outputs of the graph are the caller's memory.
 """
 
 from __future__ import annotations

@@ -18,12 +18,10 @@ _TIGHT = 1.02  # of what lives: no arena does much better
 
 
 def queries_first(graph: Graph) -> Graph:
-    """The graph with shape queries at the start, where the runtime runs them.
-
-    Only those of graph inputs are written by the lowering; any other stays where its input is made.
-    """
-    first = [op for op in graph.ops if op.kind in FIRST]
-    rest = [op for op in graph.ops if op.kind not in FIRST]
+    """The graph with queries of its inputs' shapes at the start, where the runtime runs them; any other stays where its
+    input is made."""
+    first = [op for op in graph.ops if op.kind in FIRST and graph.outer.issuperset(op.inputs)]
+    rest = [op for op in graph.ops if op not in first]
     return replace(graph, ops=(*first, *rest))
 
 
