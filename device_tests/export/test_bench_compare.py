@@ -76,6 +76,8 @@ def test_rounds_are_interleaved_and_what_does_not_fit_is_said(calls: list[str], 
     found = compare.bench_memory(SETTING, 2, tmp_path / "f.json", said.append)
     assert json.loads((tmp_path / "f.json").read_text()) == json.loads(json.dumps(found))
     assert found["partial"] is None
+    assert found["budgets"][PER_UNIT] == (70 + 50) * MIB
+    assert found["budgets"][FITTING[0]] == 70 * MIB + 400 * MIB // 2
     names = [row["name"] for row in found["variants"]]
     assert names[:4] == [
         "PyTorch",

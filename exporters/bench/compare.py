@@ -104,13 +104,12 @@ def _own_variants(setting: Setting, plain_bytes: int, folder: Path, figures: Fig
     bp = export_variant(setting, folder / "bp", "edgelocal, back-propagation in one block", say, rule="bp")
     units = export_variant(setting, folder / "units", _PER_UNIT, say, rule="auglocal", blocks="per-unit")
     first = measure_own(setting, units, data, folder / "first")
-    found = [
-        _trained(setting, bp, data, runs),
-        _trained(setting, units, data, runs, _smallest(setting, units, first, say)),
-    ]
+    least = figures.budgets[_PER_UNIT] = _smallest(setting, units, first, say)
+    found = [_trained(setting, bp, data, runs), _trained(setting, units, data, runs, least)]
     for share in SHARES:
         budget = first.idle_bytes + int(share * plain_bytes)
         label = f"{share:.0%} of PyTorch"
+        figures.budgets |= {f"{_PARTITION}{label}": budget, f"{_PER_UNIT}, {label}": budget}
         name = f"{_PARTITION}{label}"
         try:
             chosen = _searched(setting, folder / f"fit{share}", name, budget, say)
@@ -206,6 +205,7 @@ def _found(setting: Setting, rounds: int, done: int, figures: Figures, cuts: lis
         "steps": setting.steps,
         "machine": {"machine": platform.machine(), "cores": describe().cores, "threads": setting.threads},
         "variants": _rows(figures),
+        "budgets": figures.budgets,
         "cut_batches": cuts,
         "skipped": list(figures.skipped),
     }

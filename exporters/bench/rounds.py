@@ -25,10 +25,11 @@ class Variant:
 
 
 class Figures:
-    """What was measured so far, and in `skipped` what was not and why."""
+    """What was measured so far, in `skipped` what was not and why, in `budgets` the bytes that variants were given."""
 
     def __init__(self, say: Say) -> None:
         self.skipped: list[dict[str, str]] = []
+        self.budgets: dict[str, int] = {}
         self._say = say
         self._found: dict[str, list[Measurement]] = {}
         self._failed: set[str] = set()
