@@ -79,6 +79,9 @@ class Block:
             BundleError: the graph wants what nobody knows.
             OverBudgetError, MemoryError: no memory; the state is not to be used any more.
         """
+        second = self.spec.accumulation
+        # Before the state is read: what must make room for the graph goes first.
+        self._graphs.get(self.spec.step if micro_batch is None or second is None else second.gradient)
         state = self._load()
         masks = self._masks(x.batch, seed, number)
         if micro_batch is None:
@@ -186,10 +189,11 @@ class Block:
         return results
 
     def _infer(self, spec: GraphSpec, x: Tensor, release: bool) -> Tensor:
+        graph = self._graphs.get(spec)
         state = self._load()
         inputs = [x, *(state[t.name] for t in spec.inputs[1:])]
         output = Tensor.empty(spec.outputs[0].resolve(x.batch), spec.outputs[0].dtype)
-        self._graphs.get(spec).run(inputs, [output], release=release)
+        graph.run(inputs, [output], release=release)
         return output
 
     def _load(self) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from edgelocal.block import Block
 from edgelocal.bundle import open_bundle
 from edgelocal.errors import DivergedError
 from edgelocal.graphs import GraphPool
+from edgelocal.pages import PageFile
 from edgelocal.session import Tensor
 from edgelocal.tensors import Array
 
@@ -145,6 +147,24 @@ def test_a_released_block_goes_on_with_its_state() -> None:
         released.release()
     assert_same_bits(kept.state(), released.state())
     assert kept.state()["buf/parts.a.bn1.num_batches_tracked"] == 3
+
+
+def test_a_paged_state_is_read_when_the_graph_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To load a graph may mean to drop others: until then the state is not in memory beside them."""
+    bundle = open_bundle(DROPOUT)
+    found, said = Block(bundle, 0, GraphPool(bundle, 1), page=tmp_path / "cache"), []
+    for kind, name in ((GraphPool, "get"), (PageFile, "read")):
+        plain = getattr(kind, name)
+
+        def noted(*given: Any, plain: Any = plain, name: str = name) -> Any:
+            said.append(name)
+            return plain(*given)
+
+        monkeypatch.setattr(kind, name, noted)
+    x, y = batch(8)
+    step(found, x, y)
+    found.forward(Tensor.of(x))
+    assert said == ["get", "read", "get", "get", "read"]
 
 
 def test_a_rate_of_zero_changes_moments_but_no_parameter() -> None:
