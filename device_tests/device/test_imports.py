@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import edgelocal
-from device_tests.device.runs import slowness
 
 PACKAGE = Path(edgelocal.__file__).parent
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "exporters" not in p.relative_to(PACKAGE).parts)
@@ -31,6 +30,13 @@ names = [".".join(p) for p in parts if "exporters" not in p and p[-1] not in ("_
 for name in names:
     importlib.import_module(name)
 print(json.dumps(names))
+"""
+
+NUMPY = """
+import time
+started = time.process_time()
+import numpy
+print(time.process_time() - started)
 """
 
 COST = """
@@ -56,10 +62,14 @@ def test_the_device_side_imports_without_torch_onnx_and_exporters() -> None:
 
 
 def test_importing_takes_under_400_ms_and_60_mib() -> None:
-    """Processor time, so that other processes on the machine do not count; the best of five."""
-    costs = [json.loads(python(COST)) for _ in range(5)]
+    """Processor time, the best of five. Where that of numpy alone is over 100 ms, the machine is slow just now: then
+    four times as long as that, measured in turn."""
+    costs, numpys = [], []
+    for _ in range(5):
+        costs.append(json.loads(python(COST)))
+        numpys.append(float(python(NUMPY)))
     seconds, mebibytes = (min(column) for column in zip(*costs, strict=True))
-    assert seconds < 0.4 * slowness()
+    assert seconds < 4 * max(0.1, min(numpys))
     assert mebibytes < 60
 
 
