@@ -62,15 +62,16 @@ def test_the_device_side_imports_without_torch_onnx_and_exporters() -> None:
 
 
 def test_importing_takes_under_400_ms_and_60_mib() -> None:
-    """Processor time, the best of five. Where that of numpy alone is over 100 ms, the machine is slow just now: then
-    four times as long as that, measured in turn."""
+    """Processor time, the best of five. A machine that is slow just now may take longer, but no more than four times as
+    long as for numpy alone, which is measured in turn (a fourth of that limit on a machine that is not)."""
     costs, numpys = [], []
     for _ in range(5):
         costs.append(json.loads(python(COST)))
         numpys.append(float(python(NUMPY)))
-    seconds, mebibytes = (min(column) for column in zip(*costs, strict=True))
-    assert seconds < 4 * max(0.1, min(numpys))
-    assert mebibytes < 60
+    seconds, mebibytes = zip(*costs, strict=True)
+    slow = [own / other for own, other in zip(seconds, numpys, strict=True)]
+    assert min(seconds) < 0.4 or min(slow) < 4
+    assert min(mebibytes) < 60
 
 
 def imported(path: Path) -> dict[str, bool]:
