@@ -20,8 +20,9 @@ _TIGHT = 1.02  # of what lives: no arena does much better
 def queries_first(graph: Graph) -> Graph:
     """The graph with queries of its inputs' shapes at the start, where the runtime runs them; any other stays where its
     input is made."""
-    first = [op for op in graph.ops if op.kind in FIRST and graph.outer.issuperset(op.inputs)]
-    rest = [op for op in graph.ops if op not in first]
+    asks_input = [op.kind in FIRST and graph.outer.issuperset(op.inputs) for op in graph.ops]
+    first = [op for op, asks in zip(graph.ops, asks_input, strict=True) if asks]
+    rest = [op for op, asks in zip(graph.ops, asks_input, strict=True) if not asks]
     return replace(graph, ops=(*first, *rest))
 
 
