@@ -33,7 +33,8 @@ from edgelocal.memory_spec import ARENA_TABLE, table_bytes
 from edgelocal.peaks import ALL_TRIED, Workload
 from edgelocal.spec import Manifest
 
-_IDLE_STEP, _IDLE_SLACK = 1 << 20, 128 << 10  # equal processes differ by 4 to 120 KiB
+_IDLE_STEP, _IDLE_SLACK = 1 << 20, 512 << 10
+_IDLE_NOISE = 128 << 10  # equal processes differ by 4 to 120 KiB
 
 KINDS = (
     *("parameters", "optimizer", "buffers", "gradients", "activations", "workspace"),
@@ -146,9 +147,15 @@ def make_thresholds(work: Workload) -> Thresholds:
 
 
 def steady_idle(measured_bytes: int) -> int:
-    """What counts as the idle process of `measured_bytes`: whole MiB, at least 128 KiB more than was measured. So plans
+    """What counts as the idle process of `measured_bytes`: whole MiB, at least 512 KiB more than was measured. So plans
     and thresholds are the same in every start, but where the noise lies just at a step."""
     return -(-(measured_bytes + _IDLE_SLACK) // _IDLE_STEP) * _IDLE_STEP
+
+
+def tight_idle(measured_bytes: int) -> int:
+    """The least that may count as the idle process of `measured_bytes`: never more than what `steady_idle` makes of
+    another start, so a budget that was named as enough in one start is enough in every other."""
+    return measured_bytes + _IDLE_NOISE
 
 
 @dataclass(frozen=True)
@@ -242,18 +249,20 @@ def _refusal(work: Workload, budget: int) -> str:
     least = min(work.choices(), key=lambda choice: choice.total)
     plan = _plan(work, least.micro, _NOTHING, None)
     worst = max(plan.blocks, key=lambda b: b.total)
-    need = work.idle + worst.total
-    apart = f"{format_size(work.idle)} of it the idle process"
-    if plan.peak_bytes > need:
-        more = format_size(plan.peak_bytes - need)
-        apart += f", and {more} more for graphs of other blocks, or to make a batch or pass it through the network"
+    others = plan.peak_bytes - work.idle - worst.total
+    parts = f"{format_size(work.idle)} idle, {format_size(worst.total)} for the block"
+    if others:
+        parts += (
+            f", {format_size(others)} for graphs of other blocks, or to make a batch or pass it through the network"
+        )
     fitting = work.largest_batch(budget)
     # Of very large batches not all were tried.
     which = "the largest" if work.batch - 1 <= ALL_TRIED else "a"
     advice = f"{which} --batch that fits is {fitting}" if fitting else "not even a batch of one sample fits"
     at_once = "the whole batch" if worst.accumulation == 1 else f"{worst.micro_batch} of {work.batch} samples"
     return (
-        f"block {worst.name} needs {format_size(need)} with {at_once} at a time ({apart}), the budget is "
-        f"{format_size(budget)}; {advice}, and the smallest budget for this batch is {format_size(plan.peak_bytes)} "
-        f"({plan.peak_bytes} bytes); raise --memory-budget, lower --batch, or export more blocks"
+        f"the process needs {format_size(plan.peak_bytes)} while block {worst.name} trains {at_once} at a time "
+        f"({parts}), the budget is {format_size(budget)}; {advice}, and the smallest budget for this batch is "
+        f"{format_size(plan.peak_bytes)} ({plan.peak_bytes} bytes); raise --memory-budget, lower --batch, or export "
+        "more blocks"
     )

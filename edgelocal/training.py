@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from edgelocal.formats.base import Dataset
 from edgelocal.formats.images import warm_up
 from edgelocal.job import Job, TrainRequest
 from edgelocal.peaks import Workload
-from edgelocal.plan import Plan, has_model, make_plan, steady_idle
+from edgelocal.plan import Plan, has_model, make_plan, steady_idle, tight_idle
 from edgelocal.progress import Display
 from edgelocal.run import check_resume, check_same
 from edgelocal.run_info import RUN, RunInfo, describe_run, read_run
@@ -115,14 +115,13 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
         warm_up()
     give_back()
     measured = rss_bytes()
-    idle = steady_idle(measured)
     data, validation = open_data(request.data, request.validation, manifest, request.out)
     request = replace(request, config=settled(request.config, request.out, bundle, len(data)))
     request.config.check(manifest)
     threads = request.threads or describe().cores
     info = describe_run(bundle, data, request.data, request.config, request.budget_bytes, None, threads)
     wanted = _begun_with(request.out, info)
-    plan = _plan(request, bundle, data, validation, idle, wanted)
+    plan = _plan(request, bundle, data, validation, measured, wanted)
     check_resume(request.out, request.resume)  # before the lock, which makes the folder
     if plan is not None:
         info = replace(info, micro_batches=tuple(b.micro_batch for b in plan.blocks))
@@ -133,7 +132,7 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
         if continued:
             check_same(request.out, info)
         with data, validation or nullcontext():  # unpacks what is compressed, so damage is found now and not in epoch 1
-            replan = partial(_plan, request, bundle, data, validation, idle, wanted or info.micro_batches)
+            replan = partial(_plan, request, bundle, data, validation, measured, wanted or info.micro_batches)
             job = Job(request, display, bundle, info, data, validation, stop, measured, replan)
             return job.run(plan, continued)
 
@@ -163,13 +162,14 @@ def _plan(
     bundle: Bundle,
     data: Dataset,
     validation: Dataset | None,
-    idle: int,
+    measured: int,
     wanted: Sequence[int] | None,
     bound: int | None = None,
 ) -> Plan | None:
     """The plan of the run; for a bundle without a memory model a rough check instead.
 
-    `wanted` are micro-batches to keep if they fit, `bound` is one more upper bound for them, besides the request's.
+    `measured` are bytes of the idle process, `wanted` micro-batches to keep if they fit, `bound` is one more upper
+    bound for them, besides the request's.
 
     Raises:
         BudgetError: it cannot fit. Nothing was allocated or written.
@@ -180,17 +180,26 @@ def _plan(
         return None
     datasets = [data, *([validation] if validation is not None else [])]
     augment = manifest.augment if config.augment else None
-    work = Workload.of(
-        manifest,
-        batch=min(config.batch, len(data)),
-        schedule=config.schedule,
-        idle_bytes=idle,
-        pipeline=lambda batch: pipeline_bytes(datasets, batch, manifest.input, augment),
-        validates=validation is not None,
-        micro_batch=min((m for m in (request.micro_batch, bound) if m is not None), default=None),
-        threads=request.threads or describe().cores,
-    )
-    return make_plan(work, request.budget_bytes, wanted)
+
+    def fit(idle: int) -> Plan:
+        work = Workload.of(
+            manifest,
+            batch=min(config.batch, len(data)),
+            schedule=config.schedule,
+            idle_bytes=idle,
+            pipeline=lambda batch: pipeline_bytes(datasets, batch, manifest.input, augment),
+            validates=validation is not None,
+            micro_batch=min((m for m in (request.micro_batch, bound) if m is not None), default=None),
+            threads=request.threads or describe().cores,
+        )
+        return make_plan(work, request.budget_bytes, wanted)
+
+    try:
+        return fit(steady_idle(measured))
+    except BudgetError:
+        with suppress(BudgetError):  # the first one is to be read: what it names is enough in every start
+            return fit(tight_idle(measured))
+        raise
 
 
 def open_data(path: Path, validation: Path | None, manifest: Manifest, scratch: Path) -> tuple[Dataset, Dataset | None]:
