@@ -116,6 +116,10 @@ class Block:
         """Drop the graphs and what memory they hold."""
         self._graphs.release()
 
+    def start_anew(self) -> None:
+        """Drop the graphs where not all are kept, see `GraphPool.start_anew`."""
+        self._graphs.start_anew()
+
     def close(self) -> None:
         """Remove the page file."""
         if self._page is not None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from edgelocal.bundle import Bundle
 from edgelocal.needs import loaded_bytes
+from edgelocal.recency import Recency
 from edgelocal.session import Graph, give_back
 from edgelocal.spec import GraphSpec
 
@@ -20,8 +19,9 @@ class GraphPool:
         self.loads = 0
         self._bundle = bundle
         self._threads = threads
-        self._limit = limit_bytes
-        self._graphs: OrderedDict[str, Graph] = OrderedDict()
+        self._keeps_all = limit_bytes is None
+        self._recency = Recency(limit_bytes)
+        self._graphs: dict[str, Graph] = {}
 
     def get(self, spec: GraphSpec) -> Graph:
         """The graph of `spec`, or one of the same structure.
@@ -30,30 +30,30 @@ class GraphPool:
             BundleError: the file is not what the manifest says.
             BudgetError: no memory to load it.
         """
-        key = spec.key
-        if key in self._graphs:
-            self._graphs.move_to_end(key)
-            return self._graphs[key]
-        if self._limit is not None:
-            self._make_room(loaded_bytes(spec, self._threads))
-        graph = Graph(spec, self._bundle.read(spec.file), self._threads)
+        dropped = self._recency.use(spec.key, loaded_bytes(spec, self._threads))
+        for key in dropped:
+            del self._graphs[key]
+        if dropped:
+            give_back()
+        if spec.key not in self._graphs:
+            self._load(spec)
+        return self._graphs[spec.key]
+
+    def _load(self, spec: GraphSpec) -> None:
+        try:
+            self._graphs[spec.key] = Graph(spec, self._bundle.read(spec.file), self._threads)
+        except BaseException:
+            self._recency.forget(spec.key)
+            raise
         self.loads += 1
-        self._graphs[key] = graph
-        return graph
+
+    def start_anew(self) -> None:
+        """Drop all graphs if not all are kept: what is loaded later does not depend on what was used before."""
+        if not self._keeps_all:
+            self.release()
 
     def release(self) -> None:
         """Drop all graphs and what memory they hold."""
         self._graphs.clear()
+        self._recency.clear()
         give_back()
-
-    def _make_room(self, size: int) -> None:
-        assert self._limit is not None
-        dropped = False
-        while self._graphs and self._held() + size > self._limit:
-            self._graphs.popitem(last=False)
-            dropped = True
-        if dropped:
-            give_back()
-
-    def _held(self) -> int:
-        return sum(loaded_bytes(graph.spec, self._threads) for graph in self._graphs.values())

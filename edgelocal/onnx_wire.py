@@ -1,16 +1,17 @@
 """The little of the ONNX file format that a device needs: join graphs, and put weights into one.
 
 An ONNX file is a protobuf message. The fields used here (onnx.proto3): ModelProto.graph = 7; GraphProto.node = 1,
-initializer = 5, input = 11, output = 12; NodeProto.input = 1, output = 2, name = 3; ValueInfoProto.name = 1;
-TensorProto.dims = 1, data_type = 2, name = 8, raw_data = 9; ModelProto.metadata_props = 14, of
+initializer = 5, input = 11, output = 12, value_info = 13; NodeProto.input = 1, output = 2, name = 3;
+ValueInfoProto.name = 1; TensorProto.dims = 1, data_type = 2, name = 8, raw_data = 9; ModelProto.metadata_props = 14, of
 StringStringEntryProto.key = 1, value = 2. All other fields are copied as they are, so the device does not depend on the
 onnx package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from edgelocal.onnx_scan import scan
 from edgelocal.protobuf import BYTES, VARINT, Field, as_bytes, fields, render
 
 MODEL_GRAPH, MODEL_METADATA = 7, 14
-NODE, INITIALIZER, INPUT, OUTPUT = 1, 5, 11, 12
+NODE, INITIALIZER, INPUT, OUTPUT, VALUE_INFO = 1, 5, 11, 12, 13
 TENSOR_TYPES = {"float32": 1, "int64": 7, "bool": 9}
 
 
@@ -70,23 +71,28 @@ def put_together(graph: Graph) -> bytes:
 def compose(models: Sequence[bytes], result: str = "logits") -> bytes:
     """Join models in a row: the first output of each is the first input of the next; `result` names the last output.
 
-    Other inputs (weights) are kept, once each. Names inside the models must differ; `export` prefixes them by block.
+    Other inputs (weights) are kept, once each. What is inside a model gets the number of the model before its name;
+    the types of inner values, which a runtime infers anyway, are left out.
     """
     graphs = [take_apart(model) for model in models]
     nodes: list[bytes] = []
     inputs: dict[str, bytes] = {}
+    initializers: list[bytes] = []
     link = _name(graphs[0].inputs[0])
     inputs[link] = graphs[0].inputs[0]
     for index, graph in enumerate(graphs):
         end = result if index == len(graphs) - 1 else f"{result}/{index}"
-        renamed = {_name(graph.inputs[0]): link, _name(graph.outputs[0]): end}
-        nodes += [_rename_node(node, renamed) for node in graph.nodes]
+        outer = {_name(i): _name(i) for i in graph.inputs}
+        outer |= {_name(graph.inputs[0]): link, _name(graph.outputs[0]): end, "": ""}
+        rename = partial(_renamed, outer=outer, prefix=f"{index}/")
+        nodes += [_rename(node, (1, 2, 3), rename) for node in graph.nodes]
+        initializers += [_rename(tensor, (8,), rename) for tensor in graph.initializers]
         inputs.update({_name(i): i for i in graph.inputs[1:]})
         link = end
     output = render((n, k, result.encode() if n == 1 else v) for n, k, v in fields(graphs[-1].outputs[0]))
-    initializers = tuple(i for graph in graphs for i in graph.initializers)
+    rest = tuple(f for f in graphs[0].rest if f[0] != VALUE_INFO)
     return put_together(
-        Graph(graphs[0].shell, tuple(nodes), initializers, tuple(inputs.values()), (output,), graphs[0].rest)
+        Graph(graphs[0].shell, tuple(nodes), tuple(initializers), tuple(inputs.values()), (output,), rest)
     )
 
 
@@ -111,11 +117,13 @@ def bind(
     )
 
 
-def _rename_node(node: bytes, names: Mapping[str, str]) -> bytes:
-    # Inputs, outputs and the node's own name, which a runtime wants to be unique too.
-    return render(
-        (f[0], f[1], names.get(_text(f), _text(f)).encode() if f[0] in (1, 2, 3) else f[2]) for f in fields(node)
-    )
+def _renamed(name: str, outer: Mapping[str, str], prefix: str) -> str:
+    return outer.get(name, prefix + name)
+
+
+def _rename(message: bytes, numbers: tuple[int, ...], rename: Callable[[str], str]) -> bytes:
+    # Of a node its inputs, its outputs and its own name, which a runtime wants to be unique too; of a tensor its name.
+    return render((f[0], f[1], rename(_text(f)).encode() if f[0] in numbers else f[2]) for f in fields(message))
 
 
 def _name(value_info: bytes) -> str:

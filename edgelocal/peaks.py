@@ -20,8 +20,10 @@ from typing import TypeAlias
 
 from edgelocal.memory_spec import ArenaBytes
 from edgelocal.needs import BlockNeeds, PipelineBytes, Way, block_needs, loaded_bytes
+from edgelocal.recency import Recency
 from edgelocal.spec import BlockSpec, GraphSpec, Manifest
 
+_REPEATED = 3  # rounds after which no more graphs are loaded at once than before
 # Code and tables of the runtime that its first steps touch, and what convolutions add (measured, docs/promises.md).
 RUNTIME_BYTES, CONVOLUTION_BYTES = 13 << 18, 9 << 18
 
@@ -225,21 +227,28 @@ class Workload:
         sizes = self._graph_sizes(micro).values()
         return sum(sizes) if every else max(sizes)
 
-    def graphs_beside(self, micro: Sequence[int], limit: int) -> list[int]:
+    def graphs_beside(self, micro: Sequence[int], limit: int | None) -> list[int]:
         """For every block the bytes of graphs that are loaded at most while it works, where no more than `limit` may
-        be: the one that runs, and those that fit beside it."""
+        be: what the pool of graphs (graphs.py) does, foreseen. With None it keeps them all, those of others too."""
         sizes = self._graph_sizes(micro)
-        total = sum(sizes.values())
-        if total <= limit:
-            return [total] * len(self.needs)
-        found = []
-        for needs, samples in zip(self.needs, micro, strict=True):
-            held = []
-            for key in {graph.key for graph in self.way(needs, samples).graphs}:
-                others = (size for other, size in sizes.items() if other != key and sizes[key] + size <= limit)
-                held.append(min(limit, sizes[key] + sum(others)))
-            found.append(max(held))
+        if limit is None:
+            return [sum(sizes.values())] * len(self.needs)
+        found = [0] * len(self.needs)
+        for turns in self._rounds(micro):
+            recency = Recency(limit)
+            for index, graphs in turns * _REPEATED:
+                for graph in graphs:
+                    recency.use(graph.key, sizes[graph.key])
+                    found[index] = max(found[index], recency.held)
         return found
+
+    def _rounds(self, micro: Sequence[int]) -> list[list[tuple[int, list[GraphSpec]]]]:
+        """What runs over and over before all graphs are dropped: blocks and the graphs they use."""
+        ways = [self.way(needs, samples) for needs, samples in zip(self.needs, micro, strict=True)]
+        if self.schedule == "interleaved":
+            return [[(index, list(way.graphs)) for index, way in enumerate(ways)]]
+        frozen = [needs.spec.forward for needs in self.needs]
+        return [[(index, [*frozen[:index], *way.graphs])] for index, way in enumerate(ways)]
 
     def _graph_sizes(self, micro: Sequence[int]) -> dict[str, int]:
         """Bytes of every graph that the run uses, equal structures once."""

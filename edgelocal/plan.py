@@ -193,7 +193,8 @@ def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None)
         resident = frozenset(range(len(work.needs)))
     elif budget is not None:
         resident = work.resident(micro, graphs, budget - work.idle - arena.total)
-    blocks = _blocks(work, micro, resident, graphs, table_bytes(arena.region))
+    loaded = work.graphs_beside(micro, None if mode.graphs else graphs)
+    blocks = _blocks(work, micro, resident, loaded, table_bytes(arena.region))
     peak = work.idle + arena.total + work.beside(micro, graphs, resident)
     return Plan(
         batch=work.batch,
@@ -209,11 +210,10 @@ def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None)
 
 
 def _blocks(
-    work: Workload, micro: Sequence[int], resident: frozenset[int], graphs: int, table: int
+    work: Workload, micro: Sequence[int], resident: frozenset[int], loaded: Sequence[int], table: int
 ) -> tuple[BlockPlan, ...]:
     batch = work.batch
     kept = _sum(work.needs[i].state for i in resident)
-    loaded = work.graphs_beside(micro, graphs)
     frozen, blocks = 0, []
     for index, (needs, size) in enumerate(zip(work.needs, micro, strict=True)):
         way = work.way(needs, size)

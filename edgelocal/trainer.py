@@ -287,7 +287,9 @@ class Trainer:
         if self.validation is None:
             return []
         stop = partial(self.stop_point, watcher)
-        return evaluate(blocks, self.validation, self.manifest, self.config.batch, exits=exits, after_batch=stop)
+        found = evaluate(blocks, self.validation, self.manifest, self.config.batch, exits=exits, after_batch=stop)
+        blocks[0].start_anew()
+        return found
 
     def _note_peak(self) -> None:
         peak = peak_rss_bytes()

@@ -90,7 +90,7 @@ class Mask(NamedTuple):
 class GraphBuilder:
     """Collects nodes in the order of execution. `batch_of` is a graph input whose first dimension is the batch."""
 
-    def __init__(self, batch_of: str, prefix: str = "") -> None:
+    def __init__(self, batch_of: str) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.masks: list[Mask] = []
@@ -98,7 +98,6 @@ class GraphBuilder:
         self._numbers: dict[tuple[sympy.Expr, torch.dtype], str] = {}
         self._results: dict[str, str] = {}
         self._batch_of = batch_of
-        self._prefix = prefix
         self._count = 0
 
     def op(self, op_type: str, *inputs: str, **attributes: Any) -> str:
@@ -122,7 +121,7 @@ class GraphBuilder:
     def fresh(self, stem: str) -> str:
         """A name not used before."""
         self._count += 1
-        return f"{self._prefix}{stem.lower()}_{self._count}"
+        return f"{stem.lower()}_{self._count}"
 
     def constant(self, array: np.ndarray[Any, np.dtype[Any]]) -> str:
         """A constant tensor; equal constants share one initializer."""

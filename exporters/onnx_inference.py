@@ -35,8 +35,7 @@ def head_graph(block: LocalBlock, output_shape: Sequence[int]) -> ExportedGraph:
 def _inference_graph(
     block: LocalBlock, module: nn.Module, source: str, result: str, shape: Sequence[int], dtype: torch.dtype
 ) -> ExportedGraph:
-    # A prefix of its own keeps the names of several blocks apart when they are joined into one model.
-    builder = GraphBuilder(batch_of=source, prefix=f"{block.name}/{result}/")
+    builder = GraphBuilder(batch_of=source)
     with torch.no_grad(), block_trace(module.eval(), block, ((tuple(shape), dtype),), None) as (traced, tensors):
         place = traced.user_inputs[0]
         values = lower(traced.graph, builder, {place: source, **tensors.value_names()})
