@@ -30,7 +30,7 @@ from edgelocal.bundle import open_bundle
 from edgelocal.device import describe
 from edgelocal.needs import PipelineBytes
 from edgelocal.peaks import Workload
-from edgelocal.plan import make_thresholds, steady_idle
+from edgelocal.plan import idle_range, make_thresholds
 from edgelocal.spec import Manifest
 
 MIB = 1 << 20
@@ -180,15 +180,14 @@ def probe(bundle: Path, data: Path, batch: int) -> Idle:
 
 
 def budgets(manifest: Manifest, idle: Idle, batch: int) -> dict[str, int]:
-    """Name -> bytes, in whole MiB: everything in memory, everything paged, micro-batches.
-
-    The idle process is another one each time by some hundred KiB, which may count as another MiB.
-    """
+    """Name -> bytes, in whole MiB: everything in memory, everything paged, micro-batches."""
+    idle_bytes, spare_bytes = idle_range(idle.idle)
     work = Workload.of(
         manifest,
         batch=batch,
         schedule="interleaved",
-        idle_bytes=steady_idle(idle.idle) + MIB,
+        idle_bytes=idle_bytes,
+        spare_bytes=spare_bytes,
         pipeline=PipelineBytes(idle.resident, idle.making),
         validates=True,
         threads=describe().cores,

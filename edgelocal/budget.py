@@ -70,6 +70,15 @@ def format_size(size_bytes: int) -> str:
     return f"{value:.1f}".removesuffix(".0") + f" {unit}"
 
 
+def size_up(size_bytes: int) -> str:
+    """As `format_size`, but never less than `size_bytes`: a budget so large is enough."""
+    text = format_size(size_bytes)
+    while parse_size(text) < size_bytes:
+        number, unit = text.split()
+        text = f"{float(number) + 0.1:.1f}".removesuffix(".0") + f" {unit}"
+    return text
+
+
 def rss_bytes(proc: Path = PROC) -> int:
     """Resident memory of this process now; its lifetime peak, an upper bound, where the system has no `/proc`."""
     return _status_bytes(proc, "VmRSS") or _lifetime_peak_bytes()

@@ -29,6 +29,7 @@ from edgelocal.trainer import Trainer
 
 _CACHE = "cache"
 _FREE = "free memory, raise the limit of the system, or give a smaller --memory-budget, which pages states"
+_FINISHED = "the run was finished before: nothing was trained, and its report is as it was"
 _IN_VAIN = "smaller micro-batches did not help in this process: give a --memory-budget or a --micro-batch, or "
 _SMALLER = "use a smaller --batch and a new --out, or export more blocks"
 
@@ -165,6 +166,9 @@ class Job:
         return trainer
 
     def _train(self, folder: RunFolder, trainer: Trainer) -> dict[str, Any]:
+        report = folder.report if trainer.is_finished else None
+        if report is not None:  # it stays as it is: its figures are those of the plan that the run had
+            return {**report, "notes": [*report.get("notes", ()), _FINISHED]}
         self._display.start(trainer, self._info, self._threads, self._notes)
         watcher = _Watcher(folder, self._display, self._request, self._stop, record=self._bound != self._recorded)
         with self._display:

@@ -51,7 +51,8 @@ class Choice:
 class Workload:
     """What is to be planned: the blocks of a network with a batch, and what is around them, in bytes.
 
-    `most` is the largest micro-batch, `idle` the process before it plans, `pipeline_at` what the data takes at a batch,
+    `most` is the largest micro-batch, `idle` the process before it plans, `spare` what that may be more in another
+    start of it, where a budget named in this one is to be enough too, `pipeline_at` what the data takes at a batch,
     `validates` whether batches also pass through the whole network in inference mode, `threads` those of each graph,
     `convolves` whether the network has convolutions.
     """
@@ -61,6 +62,7 @@ class Workload:
     most: int  # samples at a time
     schedule: str
     idle: int
+    spare: int
     pipeline_at: Callable[[int], PipelineBytes]
     validates: bool
     threads: int
@@ -74,6 +76,7 @@ class Workload:
         batch: int,
         schedule: str,
         idle_bytes: int,
+        spare_bytes: int = 0,
         pipeline: Pipeline,
         validates: bool,
         micro_batch: int | None = None,
@@ -87,7 +90,12 @@ class Workload:
             return pipeline(samples) if callable(pipeline) else pipeline
 
         convolves = has_convolutions(manifest.blocks)
-        return cls(needs, batch, most, schedule, idle_bytes, pipeline_at, validates, threads, convolves)
+        return cls(needs, batch, most, schedule, idle_bytes, spare_bytes, pipeline_at, validates, threads, convolves)
+
+    @property
+    def anywhere(self) -> Workload:
+        """The same in the largest start of the process."""
+        return replace(self, idle=self.idle + self.spare, spare=0)
 
     @cached_property
     def pipeline(self) -> PipelineBytes:

@@ -27,14 +27,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgelocal.budget import format_size
+from edgelocal.budget import format_size, size_up
 from edgelocal.errors import BudgetError
 from edgelocal.memory_spec import ARENA_TABLE, table_bytes
 from edgelocal.peaks import ALL_TRIED, Workload
 from edgelocal.spec import Manifest
 
-_IDLE_STEP, _IDLE_SLACK = 1 << 20, 512 << 10
-_IDLE_NOISE = 128 << 10  # equal processes differ by 4 to 120 KiB
+_IDLE_STEP, _IDLE_NOISE = 1 << 20, 128 << 10  # equal processes differ by 4 to 120 KiB
 
 KINDS = (
     *("parameters", "optimizer", "buffers", "gradients", "activations", "workspace"),
@@ -136,26 +135,25 @@ def make_plan(work: Workload, budget_bytes: int | None, wanted: Sequence[int] | 
     plan = plan or _least_given_up(work, budget_bytes)
     if plan is None:
         assert budget_bytes is not None, "without a budget everything is kept"
-        raise BudgetError(_refusal(work, budget_bytes))
+        raise BudgetError(_refusal(work.anywhere, budget_bytes))
     return plan
 
 
 def make_thresholds(work: Workload) -> Thresholds:
-    """The budgets at which the plan gives something up."""
+    """The budgets at which the plan gives something up, in every start of the process."""
+    work = work.anywhere
     kept, fewer, paged = (_plan(work, work.uncut, mode, None).peak_bytes for mode in (_ALL, _STATES, _NOTHING))
     return Thresholds(kept, fewer, paged, work.least)
 
 
-def steady_idle(measured_bytes: int) -> int:
-    """What counts as the idle process of `measured_bytes`: whole MiB, at least 512 KiB more than was measured. So plans
-    and thresholds are the same in every start, but where the noise lies just at a step."""
-    return -(-(measured_bytes + _IDLE_SLACK) // _IDLE_STEP) * _IDLE_STEP
+def idle_range(measured_bytes: int) -> tuple[int, int]:
+    """The idle process of `measured_bytes`, and what it may be more in another start.
 
-
-def tight_idle(measured_bytes: int) -> int:
-    """The least that may count as the idle process of `measured_bytes`: never more than what `steady_idle` makes of
-    another start, so a budget that was named as enough in one start is enough in every other."""
-    return measured_bytes + _IDLE_NOISE
+    The first is what to plan with, a little more than was measured. With both, in whole MiB, any other start of
+    about `measured_bytes` is covered, so that a budget named with both is enough in each.
+    """
+    idle = measured_bytes + _IDLE_NOISE
+    return idle, -(-(idle + 3 * _IDLE_NOISE) // _IDLE_STEP) * _IDLE_STEP - idle
 
 
 @dataclass(frozen=True)
@@ -246,23 +244,36 @@ def _sum(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 def _refusal(work: Workload, budget: int) -> str:
     """Why nothing fits, and what would."""
-    least = min(work.choices(), key=lambda choice: choice.total)
-    plan = _plan(work, least.micro, _NOTHING, None)
+    plan = _tightest(work)
     worst = max(plan.blocks, key=lambda b: b.total)
     others = plan.peak_bytes - work.idle - worst.total
-    parts = f"{format_size(work.idle)} idle, {format_size(worst.total)} for the block"
+    parts = f"{size_up(work.idle)} idle, {size_up(worst.total)} for the block"
+    advice = "lower --batch, or export more blocks"
     if others:
-        parts += (
-            f", {format_size(others)} for graphs of other blocks, or to make a batch or pass it through the network"
-        )
+        parts += f", {size_up(others)} more {_what_else(work)}"
+        advice = "lower --batch"
     fitting = work.largest_batch(budget)
     # Of very large batches not all were tried.
     which = "the largest" if work.batch - 1 <= ALL_TRIED else "a"
-    advice = f"{which} --batch that fits is {fitting}" if fitting else "not even a batch of one sample fits"
+    fits = f"{which} --batch that fits is {fitting}" if fitting else "not even a batch of one sample fits"
+    if work.idle >= budget:
+        fits += ", as the process takes more before it has loaded anything"
     at_once = "the whole batch" if worst.accumulation == 1 else f"{worst.micro_batch} of {work.batch} samples"
     return (
-        f"the process needs {format_size(plan.peak_bytes)} while block {worst.name} trains {at_once} at a time "
-        f"({parts}), the budget is {format_size(budget)}; {advice}, and the smallest budget for this batch is "
-        f"{format_size(plan.peak_bytes)} ({plan.peak_bytes} bytes); raise --memory-budget, lower --batch, or export "
-        "more blocks"
+        f"the process needs {size_up(plan.peak_bytes)} while block {worst.name} trains {at_once} at a time ({parts}), "
+        f"the budget is {format_size(budget)}; {fits}, and the smallest budget for this batch is "
+        f"{size_up(plan.peak_bytes)} ({plan.peak_bytes} bytes); raise --memory-budget, {advice}"
     )
+
+
+def _what_else(work: Workload) -> str:
+    """What takes the memory that no block at work does."""
+    validating = ["to validate with the whole batch"] * work.validates
+    frozen = ["to pass the whole batch through frozen blocks"] * (work.schedule == "sequential")
+    return " or ".join(["to make a batch", *validating, *frozen])
+
+
+def _tightest(work: Workload) -> Plan:
+    """The plan that needs least."""
+    least = min(work.choices(), key=lambda choice: choice.total)
+    return _plan(work, least.micro, _NOTHING, None)

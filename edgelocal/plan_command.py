@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgelocal.budget import format_size, parse_budget, rss_bytes
+from edgelocal.budget import format_size, parse_budget, rss_bytes, size_up
 from edgelocal.bundle import MANIFEST, Bundle, open_bundle, verify
 from edgelocal.cache import cache_precision
 from edgelocal.data import pipeline_bytes
@@ -21,7 +21,7 @@ from edgelocal.errors import BundleError
 from edgelocal.formats.base import Labels
 from edgelocal.needs import PipelineBytes, tensor_bytes
 from edgelocal.peaks import Workload
-from edgelocal.plan import Plan, Thresholds, has_model, make_plan, make_thresholds, steady_idle
+from edgelocal.plan import Plan, Thresholds, has_model, idle_range, make_plan, make_thresholds
 from edgelocal.profiles import Profile, find_profile, idle_process_bytes
 from edgelocal.session import give_back, start
 from edgelocal.spec import BlockSpec, Manifest, TaskSpec
@@ -80,6 +80,8 @@ def plan_bundle(request: PlanRequest) -> dict[str, Any]:
     Raises:
         BundleError: the bundle is damaged.
     """
+    if request.profile is None:
+        _load_training()
     return plan_for(open_bundle(request.bundle), request)
 
 
@@ -98,10 +100,10 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
     manifest = bundle.manifest
     if not has_model(manifest):
         raise BundleError(f"{bundle.folder} does not say what memory its blocks need (schema 1): export it again")
-    idle = _idle_bytes(bundle, profile)
+    idle, spare = _idle_bytes(bundle, profile)
     threads = request.threads or (device.cores if profile is None else profile.cores)
     started = time.perf_counter()
-    work = assumed_work(manifest, request, idle, threads)
+    work = assumed_work(manifest, request, idle, threads, spare)
     plan = make_plan(work, budget)
     plan_s = time.perf_counter() - started
     thresholds = make_thresholds(work)
@@ -113,6 +115,7 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
         "samples": request.samples,
         "threads": threads,
         "validates": request.validate,
+        "most_at_once": work.most,
         **plan.as_dict(),
         "units": [list(block.units) for block in manifest.blocks],
         "thresholds": {
@@ -128,13 +131,16 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
     }
 
 
-def assumed_work(manifest: Manifest, request: PlanRequest, idle_bytes: int, threads: int) -> Workload:
+def assumed_work(
+    manifest: Manifest, request: PlanRequest, idle_bytes: int, threads: int, spare_bytes: int = 0
+) -> Workload:
     """The workload with data that nobody has opened."""
     return Workload.of(
         manifest,
         batch=min(request.batch or manifest.defaults.batch, request.samples),
         schedule=request.schedule,
         idle_bytes=idle_bytes,
+        spare_bytes=spare_bytes,
         pipeline=lambda batch: assumed_pipeline(manifest, request, batch),
         validates=request.validate,
         micro_batch=request.micro_batch,
@@ -172,7 +178,7 @@ def advice(manifest: Manifest, plan: Plan, thresholds: Thresholds, usable_bytes:
         found.append(_cut_text(manifest, plan, thresholds, cut))
     paged = [block for block in plan.blocks if not block.resident]
     if paged:
-        need = format_size(thresholds.states)
+        need = size_up(thresholds.states)
         found.append(
             f"the state of {len(paged)} of {len(plan.blocks)} blocks is paged: it waits on disk, is read before every "
             f"step and written after it, which wears flash memory; from {need} on it stays in memory"
@@ -180,7 +186,7 @@ def advice(manifest: Manifest, plan: Plan, thresholds: Thresholds, usable_bytes:
     if plan.graphs_bytes is not None:
         found.append(
             "graphs are loaded when a block's turn comes, which costs time in every step; from "
-            f"{format_size(thresholds.everything)} on they stay loaded. --schedule sequential changes blocks less often"
+            f"{size_up(thresholds.everything)} on they stay loaded. --schedule sequential changes blocks less often"
         )
     return found
 
@@ -197,7 +203,7 @@ def _cut_text(manifest: Manifest, plan: Plan, thresholds: Thresholds, cut: Seque
     else:
         text += ": the gradients add up to those of the batch"
     if thresholds.batch > (plan.budget_bytes or 0):
-        text += f"; from {format_size(thresholds.batch)} on the batch stays whole"
+        text += f"; from {size_up(thresholds.batch)} on the batch stays whole"
     return text
 
 
@@ -213,16 +219,21 @@ def _cache(manifest: Manifest, request: PlanRequest, disk_free_bytes: int) -> di
     }
 
 
-def _idle_bytes(bundle: Bundle, profile: Profile | None) -> int:
-    """Resident memory of the process before a training: of this one, or as it was measured elsewhere."""
-    if profile is not None:
-        return idle_process_bytes((bundle.folder / MANIFEST).stat().st_size)
+def _load_training() -> None:
+    """Make this process what `train` is when it opens its bundle: what is loaded later takes other memory."""
     for name in TRAINING_MODULES:
         import_module(f"edgelocal.{name}")
     start()
+
+
+def _idle_bytes(bundle: Bundle, profile: Profile | None) -> tuple[int, int]:
+    """Resident memory of the process before a training: of this one, or as it was measured elsewhere; and what another
+    start may have more."""
+    if profile is not None:
+        return idle_process_bytes((bundle.folder / MANIFEST).stat().st_size), 0
     verify(bundle)  # as `train` does: a process that has read large files once is larger
     give_back()
-    return steady_idle(rss_bytes())
+    return idle_range(rss_bytes())
 
 
 def _state_bytes(spec: BlockSpec) -> int:

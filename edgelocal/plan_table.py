@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from edgelocal.budget import format_size
+from edgelocal.budget import format_size, size_up
 from edgelocal.report.terminal import MemoryBar
 
 COLUMNS = {
@@ -59,7 +59,7 @@ def plan_lines(result: dict[str, Any]) -> str:
         f"paging: {format_size(result['paged_bytes_per_step'])} read and written a step"
         if result["paged_bytes_per_step"]
         else "paging: none",
-        _thresholds(result["thresholds"]),
+        _thresholds(result["thresholds"], whole=result["most_at_once"] >= result["batch"]),
     ]
     if result["cache"]:
         lines.append(_cache(result["cache"]))
@@ -76,11 +76,12 @@ def _mib(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 20):.1f}"
 
 
-def _thresholds(values: dict[str, int]) -> str:
-    sizes = {key: format_size(value) for key, value in values.items()}
+def _thresholds(values: dict[str, int], *, whole: bool) -> str:
+    sizes = {key: size_up(value) for key, value in values.items()}
     return (
         f"budgets: {sizes['everything_bytes']} keeps everything, {sizes['states_bytes']} all states, "
-        f"{sizes['whole_batch_bytes']} the batch whole, {sizes['smallest_bytes']} is the least"
+        f"{sizes['whole_batch_bytes']} {'the batch whole' if whole else 'micro-batches as large as allowed'}, "
+        f"{sizes['smallest_bytes']} is the least"
     )
 
 

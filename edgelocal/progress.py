@@ -135,8 +135,9 @@ def _planned(trainer: Trainer) -> str:
     parts += ["graphs loaded when used"] if plan.graphs_bytes is not None else []
     split = [b for b in plan.blocks if b.accumulation > 1]
     if split:
-        least = min(b.micro_batch for b in split)
-        parts.append(f"{len(split)} blocks in micro-batches of {least} or more (batch norm sees one at a time)")
+        least, most = (pick(b.micro_batch for b in split) for pick in (min, max))
+        sizes = f"{least} to {most}" if least < most else str(most)
+        parts.append(f"{len(split)} blocks in micro-batches of {sizes} samples (all that batch norm sees at a time)")
     return ", ".join(parts)
 
 

@@ -22,7 +22,7 @@ from edgelocal.block import Block
 from edgelocal.bundle import Bundle, open_bundle
 from edgelocal.checkpoint import apply, capture, check_progress, check_tensors, read_progress
 from edgelocal.config import TrainConfig
-from edgelocal.disk import is_there, reason
+from edgelocal.disk import is_there, read_regular, reason
 from edgelocal.errors import CheckpointError, DivergedError, UsageError
 from edgelocal.graphs import GraphPool
 from edgelocal.plan import Plan
@@ -35,6 +35,7 @@ from edgelocal.trainer import Position, Trainer, stages
 
 METRICS = "metrics.jsonl"
 REPORT = "report.json"
+MAX_REPORT_BYTES = 1 << 26
 
 
 def load_blocks(
@@ -182,6 +183,15 @@ class RunFolder:
     def metrics(self) -> Sequence[dict[str, Any]]:
         """The records so far."""
         return tuple(self._metrics)
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """What report.json says; None where there is none that can be read."""
+        try:
+            report = json.loads(read_regular(self.folder / REPORT, MAX_REPORT_BYTES))
+        except (OSError, ValueError):
+            return None
+        return report if isinstance(report, dict) else None
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write report.json.

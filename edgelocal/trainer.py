@@ -125,6 +125,11 @@ class Trainer:
         """Batches over all stages and epochs."""
         return len(self.stages) * self.config.epochs * self.batches_per_epoch
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.position.stage >= len(self.stages)
+
     def run(self, watcher: Watcher) -> None:
         """Train from the position to the end.
 

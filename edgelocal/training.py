@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from edgelocal.formats.base import Dataset
 from edgelocal.formats.images import warm_up
 from edgelocal.job import Job, TrainRequest
 from edgelocal.peaks import Workload
-from edgelocal.plan import Plan, has_model, make_plan, steady_idle, tight_idle
+from edgelocal.plan import Plan, has_model, idle_range, make_plan
 from edgelocal.progress import Display
 from edgelocal.run import check_resume, check_same
 from edgelocal.run_info import RUN, RunInfo, describe_run, read_run
@@ -181,25 +181,19 @@ def _plan(
     datasets = [data, *([validation] if validation is not None else [])]
     augment = manifest.augment if config.augment else None
 
-    def fit(idle: int) -> Plan:
-        work = Workload.of(
-            manifest,
-            batch=min(config.batch, len(data)),
-            schedule=config.schedule,
-            idle_bytes=idle,
-            pipeline=lambda batch: pipeline_bytes(datasets, batch, manifest.input, augment),
-            validates=validation is not None,
-            micro_batch=min((m for m in (request.micro_batch, bound) if m is not None), default=None),
-            threads=request.threads or describe().cores,
-        )
-        return make_plan(work, request.budget_bytes, wanted)
-
-    try:
-        return fit(steady_idle(measured))
-    except BudgetError:
-        with suppress(BudgetError):  # the first one is to be read: what it names is enough in every start
-            return fit(tight_idle(measured))
-        raise
+    idle, spare = idle_range(measured)
+    work = Workload.of(
+        manifest,
+        batch=min(config.batch, len(data)),
+        schedule=config.schedule,
+        idle_bytes=idle,
+        spare_bytes=spare,
+        pipeline=lambda batch: pipeline_bytes(datasets, batch, manifest.input, augment),
+        validates=validation is not None,
+        micro_batch=min((m for m in (request.micro_batch, bound) if m is not None), default=None),
+        threads=request.threads or describe().cores,
+    )
+    return make_plan(work, request.budget_bytes, wanted)
 
 
 def open_data(path: Path, validation: Path | None, manifest: Manifest, scratch: Path) -> tuple[Dataset, Dataset | None]:

@@ -34,6 +34,8 @@ from edgelocal.exporters.units import Network, output_shapes
 from edgelocal.profiles import ASSUMED_SAMPLES, idle_process_bytes
 from edgelocal.spec import BlockSpec, FrontierSpec, RuleSpec
 
+_STEP = 64 << 10  # bytes: a named budget is a multiple, since it is part of the manifest, whose length counts too
+
 Say = Callable[[str], None]
 
 
@@ -63,6 +65,7 @@ def fit(network: Network, request: ExportRequest, budget_bytes: int, say: Say) -
     problem = make_problem(network, request.rule, request.defaults.batch, counter)
     found, least = _within(budget_bytes, problem, learner)
     if least > budget_bytes:
+        least = -(-(least + _STEP // 4) // _STEP) * _STEP
         idle = least - found.largest
         raise BudgetError(
             f"no partition of {network.name} fits {format_size(budget_bytes)} with batches of "

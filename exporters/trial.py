@@ -69,7 +69,7 @@ def working_set(spec: BlockSpec, batch: int, convolves: bool) -> int:
     `convolves` says whether any block of the network has convolutions."""
     no_data = PipelineBytes(0, 0)
     needs = (block_needs(spec),)
-    alone = Workload(needs, batch, batch, "interleaved", 0, lambda n: no_data, False, THREADS, convolves)
+    alone = Workload(needs, batch, batch, "interleaved", 0, 0, lambda n: no_data, False, THREADS, convolves)
     graphs = alone.graph_bytes(alone.uncut, every=False)
     return alone.arena(alone.uncut).total + alone.beside(alone.uncut, graphs)
 

@@ -110,10 +110,16 @@ def test_the_same_command_on_a_finished_run_changes_nothing(run: tuple[Path, Pat
     again = answer("train", RESIDUAL, "--data", data, "--out", folder, "--epochs", 12, "--no-augment")
     assert last_state(folder)[0]["position"] == before
     assert again["validation"] == report["validation"]
-    more = answer("train", RESIDUAL, "--data", data, "--out", folder, "--epochs", 12, "--no-augment", "--threads", 7)
-    assert (more["threads"], more["validation"]) == (7, report["validation"])
-    shown = answer("report", folder)
-    assert (shown["threads"], shown["run"]["threads"]) == (7, report["threads"])
+    written = (folder / "report.json").read_bytes()
+    for options in (("--threads", 7), ("--memory-budget", "2GiB", "--micro-batch", 3)):
+        more = answer("train", RESIDUAL, "--data", data, "--out", folder, "--epochs", 12, "--no-augment", *options)
+        assert more["notes"][-1].startswith("the run was finished before")
+        assert {**more, "notes": report["notes"]} == report
+    assert (folder / "report.json").read_bytes() == written
+    (folder / "report.json").write_bytes(b"{")  # damaged: what is known is written again
+    again = answer("train", RESIDUAL, "--data", data, "--out", folder, "--epochs", 12, "--no-augment")
+    assert again["validation"] == json.loads((folder / "report.json").read_bytes())["validation"]
+    (folder / "report.json").write_bytes(written)
 
 
 def test_inspect_verify_and_doctor() -> None:

@@ -24,7 +24,7 @@ from edgelocal.errors import BudgetError, UsageError
 from edgelocal.memory_spec import MemorySpec
 from edgelocal.needs import PipelineBytes
 from edgelocal.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES, Workload
-from edgelocal.plan import Plan, Thresholds, steady_idle, tight_idle
+from edgelocal.plan import Plan, Thresholds, idle_range
 from edgelocal.plan_command import PlanRequest, assumed_pipeline, paged_bytes_per_step, plan_for
 from edgelocal.plan_table import plan_lines
 from edgelocal.spec import BlockSpec, Manifest, graph_bytes
@@ -406,11 +406,25 @@ def test_wanted_micro_batches_keep_to_the_bound_and_to_the_batch() -> None:
 
 @given(st.integers(1, 1 << 40), st.lists(st.integers(0, 120 << 10), min_size=2, max_size=9))
 def test_idle_processes_that_differ_by_noise_count_the_same_or_one_step_more(least: int, noise: list[int]) -> None:
-    found = {steady_idle(least + n) for n in noise}
-    assert max(found) - min(found) in (0, 1 << 20)
-    assert all(size % (1 << 20) == 0 for size in found)
-    assert max(found) >= least + max(noise) + (512 << 10) > max(found) - (1 << 20)
-    assert least + max(noise) < tight_idle(least + max(noise)) <= min(found)  # what one start names does in another
+    ranges = [idle_range(least + n) for n in noise]
+    largest = [idle + spare for idle, spare in ranges]
+    assert max(largest) - min(largest) in (0, 1 << 20)
+    assert all(size % (1 << 20) == 0 for size in largest)
+    assert all(least + n < idle for n, (idle, _) in zip(noise, ranges, strict=True))
+    assert max(idle for idle, _ in ranges) <= min(largest)  # a budget that one start names is enough in another
+
+
+@settings(max_examples=100)
+@given(NETWORKS, SETTINGS, st.integers(0, 1 << 20))
+def test_what_another_start_may_take_counts_in_what_is_named_and_nowhere_else(
+    network: Manifest, setting: dict[str, Any], spare: int
+) -> None:
+    here, there = Workload.of(network, **setting, spare_bytes=spare), {**setting, "idle_bytes": IDLE + spare}
+    assert planning.make_thresholds(here) == make_thresholds(network, **there)
+    least = make_thresholds(network, **setting).least
+    assert planning.make_plan(here, least) == make_plan(network, budget_bytes=least, **setting)
+    with pytest.raises(BudgetError, match=rf"smallest budget for this batch is .*\({least + spare} bytes\)"):
+        planning.make_plan(here, least - 1)
 
 
 @settings(max_examples=150)
@@ -527,6 +541,7 @@ REQUEST = PlanRequest(
 )
 KEYS = {
     *("bundle", "network", "profile", "usable_bytes", "samples", "threads", "validates", "batch", "schedule"),
+    "most_at_once",
     *("budget_bytes", "idle_bytes", "arena_bytes", "region_bytes", "peak_bytes", "graphs_bytes"),
     *("blocks", "units", "thresholds"),
     *("paged_bytes_per_step", "cache", "advice", "plan_ms"),

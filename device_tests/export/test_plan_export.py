@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from device_tests.device.runs import ENVIRONMENT, answer, command
+from device_tests.device.runs import answer, command
 from device_tests.export.test_request import request
 from edgelocal.exporters.pack import export_bundle
 
@@ -66,33 +63,6 @@ def test_the_smallest_budget_trains(bundle: Path, data: Path, tmp_path: Path) ->
     assert report["process_peak_bytes"] <= budget
 
 
-# A start whose idle process counts as 1 GiB more than it is.
-LARGE_START = """
-from edgelocal import cli, training
-counted = training.steady_idle
-training.steady_idle = lambda measured: counted(measured) + (1 << 30)
-cli.main()
-"""
-
-
-@pytest.mark.parametrize(("slack", "code"), [(0, 0), (-(3 << 20), 3)])
-def test_a_budget_that_one_start_names_does_in_another(
-    bundle: Path, data: Path, tmp_path: Path, slack: int, code: int
-) -> None:
-    named = plan(bundle, "--memory-budget", "1GiB")["thresholds"]["smallest_bytes"]
-    words = ("train", bundle, "--data", data, "--out", tmp_path / "run", "--epochs", 1, "--lr-schedule", "constant")
-    budget = ("--no-augment", "--threads", 1, "--memory-budget", named + slack, "--json")
-    line = [sys.executable, "-c", LARGE_START, *map(str, (*words, *budget))]
-    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
-    assert done.returncode == code, done.stderr
-    if code == 0:
-        assert json.loads(done.stdout)["process_peak_bytes"] <= named
-    else:  # what is named is enough for the larger start too
-        least = re.search(r"smallest budget for this batch is .*\(([0-9]+) bytes\)", done.stdout)
-        assert least is not None
-        assert int(least[1]) >= 1 << 30
-
-
 def test_a_training_on_image_files_keeps_the_smallest_budget_that_it_names(bundle: Path, tmp_path: Path) -> None:
     """Pillow and its decoders take 4 to 5 MiB, which belong to the idle process."""
     image = pytest.importorskip("PIL.Image")
@@ -123,10 +93,12 @@ def test_a_training_on_image_files_keeps_the_smallest_budget_that_it_names(bundl
 
 def test_a_run_goes_on_with_the_micro_batches_it_was_begun_with(bundle: Path, data: Path, tmp_path: Path) -> None:
     begun = train(bundle, data, tmp_path / "run", "--micro-batch", 8)
+    (tmp_path / "run/report.json").unlink()  # so that it is made anew, with the plan of the day
     again = train(bundle, data, tmp_path / "run", "--memory-budget", "1GiB")
     for report in (begun, again):
         assert {b["plan"]["micro_batch"] for b in report["blocks"]} == {8}
         assert not [note for note in report["notes"] if "micro-batches" in note]
+    (tmp_path / "run/report.json").unlink()
     smaller = train(bundle, data, tmp_path / "run", "--micro-batch", 4)
     assert {b["plan"]["micro_batch"] for b in smaller["blocks"]} == {4}
     assert any("micro-batches that the run was begun with do not fit" in note for note in smaller["notes"])

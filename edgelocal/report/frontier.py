@@ -57,6 +57,8 @@ def frontier_figure(report: Report) -> Figure:
     remarks = []
     if not report.frontier_applies:
         remarks.append(f"This run has batch {report.batch}: its working sets are not these.")
+    elif words.micro_text(report):
+        remarks.append(f"In this run {words.micro_text(report)}.")
     return Figure(
         "frontier",
         TITLE,

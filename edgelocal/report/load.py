@@ -11,10 +11,9 @@ from edgelocal.decode import expect, unique
 from edgelocal.disk import read_regular, reason
 from edgelocal.errors import CheckpointError
 from edgelocal.report.model import parse_report
-from edgelocal.run import METRICS, REPORT
+from edgelocal.run import MAX_REPORT_BYTES, METRICS, REPORT
 from edgelocal.run_info import RunInfo, read_run
 
-MAX_BYTES = 1 << 26
 _MEND = "restore it from a copy, or let `edgelocal train` write it again by the command that began the run"
 
 
@@ -49,7 +48,7 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
 def _read(path: Path) -> bytes | None:
     """The content of a file; None if there is none."""
     try:
-        return read_regular(path, MAX_BYTES)
+        return read_regular(path, MAX_REPORT_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:

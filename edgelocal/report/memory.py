@@ -59,6 +59,8 @@ def memory_figure(report: Report) -> Figure:
         parts += _budget_line(scale(shown), f"budget {words.size(shown)}", bottom)
     label = f"{TITLE}: {_described(report)}"
     remarks = [f"The budget, {words.size(budget)}, is beyond the scale."] if budget is not None and not shown else []
+    if words.micro_text(report):
+        remarks.append(f"{words.micro_text(report)}.")
     if report.idle_bytes is None:
         remarks.append("Without the size of the idle process the bars start at zero, and no budget can be drawn.")
     return Figure(

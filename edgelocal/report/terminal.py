@@ -74,7 +74,7 @@ def report_table(raw: dict[str, Any]) -> Group:
 def closing_lines(raw: dict[str, Any]) -> str:
     """The result in a sentence, then disk traffic, comparison and notes, a line each."""
     report = parse_report(raw)
-    lines = [report.unfinished or "", words.conclusion(report), words.disk_text(report)]
+    lines = [report.unfinished or "", words.conclusion(report), words.micro_text(report), words.disk_text(report)]
     lines += words.comparison(report)
     lines += [f"note: {note}" for note in report.notes or ()]
     return "\n".join(line for line in lines if line)

@@ -119,6 +119,21 @@ def disk_text(report: Report) -> str:
     return ", ".join(parts)
 
 
+def micro_text(report: Report) -> str:
+    """Which blocks took the batch in parts, and what that means, or ""."""
+    sizes = [b.plan.micro_batch for b in report.blocks if b.plan and (b.plan.accumulation or 1) > 1]
+    known = sorted(size for size in sizes if size)
+    if not known:
+        return ""
+    whole = f"the batch of {report.batch}" if report.batch else "a batch"
+    several = f"{known[0]} to {known[-1]}" if known[0] < known[-1] else str(known[0])
+    return (
+        f"{len(known)} of {blocks_text(len(report.blocks))} took {whole} in micro-batches of "
+        f"{several}: each of them is all that batch norm saw at a time, and working sets are smaller than with the "
+        "whole batch"
+    )
+
+
 def chosen_point(points: Sequence[FrontierPoint]) -> FrontierPoint | None:
     """The point that was trained."""
     return next((point for point in points if point.chosen), None)
