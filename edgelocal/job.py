@@ -30,6 +30,7 @@ from edgelocal.trainer import Trainer
 _CACHE = "cache"
 _FREE = "free memory, raise the limit of the system, or give a smaller --memory-budget, which pages states"
 _FINISHED = "the run was finished before: nothing was trained, and its report is as it was"
+_SILENT = "out of memory"  # where the system says no more
 _IN_VAIN = "smaller micro-batches did not help in this process: give a --memory-budget or a --micro-batch, or "
 _SMALLER = "use a smaller --batch and a new --out, or export more blocks"
 
@@ -89,6 +90,7 @@ class Job:
         self._recorded: int | None = None  # the bound as the run's checkpoints have it
         self._peak_bytes = 0  # of the attempts before
         self._notes: list[str] = []
+        self._ran_out = ""  # what was found when memory ran out last
 
     def run(self, plan: Plan | None, continued: bool) -> dict[str, Any]:
         """Train to the end; the report.
@@ -198,7 +200,9 @@ class Job:
         """
         found = _found(error)
         largest = max(block.micro_batch for block in self._plan.blocks) if self._plan else 1
-        if self._request.on_oom != "replan" or largest == 1:
+        # What smaller micro-batches did not change they will not change further: a graph, or a whole batch.
+        again, self._ran_out = found == self._ran_out != _SILENT, found
+        if self._request.on_oom != "replan" or largest == 1 or again:
             tried = _IN_VAIN if self._bound != self._recorded else ""
             raise OverBudgetError(f"{found}; {tried}{_SMALLER}") from error
         half = -(-largest // 2)
@@ -252,7 +256,7 @@ def _found(error: OverBudgetError | MemoryError) -> str:
     text = str(error).removesuffix(OOM_ADVICE)
     if isinstance(error, OverBudgetError):
         return text
-    return f"out of memory ({text})" if text else "out of memory"
+    return f"{_SILENT} ({text})" if text else _SILENT
 
 
 def _resume_notes(folder: Path, info: RunInfo, skipped: tuple[tuple[Path, str], ...]) -> list[str]:

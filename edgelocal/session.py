@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -317,7 +318,9 @@ def _fits(argument: Any, tensor: TensorSpec) -> bool:
 def _translated(error: Exception, what: str) -> EdgelocalError:
     text = " ".join(str(error).split())
     if _is_out_of_memory(error):
-        return OverBudgetError(f"{what}: out of memory ({text[:200]}){OOM_ADVICE}")
+        # The runtime's own words, without the places in its source that come before them.
+        said = re.search(r"(Available memory of|Failed to allocate memory|std::bad_alloc).*", text)
+        return OverBudgetError(f"{what}: out of memory ({(said[0] if said else text)[:200]}){OOM_ADVICE}")
     return BundleError(f"{what}: {text[:500]}; export the bundle again")
 
 

@@ -182,6 +182,22 @@ except OverBudgetError as error:
 )
 
 
+# argv also: folder of runs. A graph that no memory is left to load, however small the micro-batches are.
+HOPELESS = (
+    FAILING
+    + """
+def load(*given):
+    raise OverBudgetError("gradient.onnx cannot be loaded")
+loads = importlib.import_module("edgelocal.graphs")
+loads.Graph = load
+try:
+    trained(out=folder / "hopeless", on_oom="replan")
+except OverBudgetError as error:
+    print(json.dumps(str(error)))
+"""
+)
+
+
 def inside(code: str, *arguments: object) -> Any:
     line = [sys.executable, "-c", INSIDE + code, *map(str, arguments)]
     done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=100, check=False)
@@ -271,6 +287,18 @@ def test_m4_micro_batches_with_which_no_step_was_done_are_not_recorded(work: Pat
     progress, resumed, _ = inside(KILLED, bundle_of(work, "mlp"), data_of(work, "mlp"), tmp_path, 3)
     assert (progress["micro_batch_bound"], progress["position"]["steps"]) == (None, 0)
     assert {b["plan"]["micro_batch"] for b in resumed["blocks"]} == {32}
+
+
+def test_m4_what_smaller_micro_batches_do_not_mend_ends_the_replanning(work: Path, tmp_path: Path) -> None:
+    said = inside(HOPELESS, bundle_of(work, "resnet8"), data_of(work, "resnet8"), tmp_path)
+    assert said.startswith("gradient.onnx cannot be loaded; smaller micro-batches did not help")
+    again = answer(
+        "train",
+        *(bundle_of(work, "resnet8"), "--data", data_of(work, "resnet8"), *TRAIN),
+        "--out",
+        tmp_path / "hopeless",
+    )
+    assert {block["plan"]["micro_batch"] for block in again["blocks"]} == {BATCH}  # no bound was recorded
 
 
 def test_m4_a_breach_that_replanning_mends_stays_in_the_report(work: Path, tmp_path: Path) -> None:
