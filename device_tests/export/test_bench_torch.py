@@ -147,7 +147,7 @@ def test_the_best_checkpointing_is_that_of_the_medians() -> None:
     assert (best.segments, best.working_set_bytes) == (4, 71)
     assert [segments for _, segments in asked] == [2, 3, 4, 5, 6, 7, 8, 10, 5, 5, 4, 4, 6, 6]
     assert {steps for steps, _ in asked} == {torch_side.SEARCH_STEPS}
-    assert said[2] == "PyTorch checkpointing, 4 segments: 70 B"
+    assert said[2] == "search for the best checkpointing, 3 of 14: 4 segments, 70 B"
     assert len(said) == len(asked)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -61,13 +62,16 @@ def bench_memory(setting: Setting, rounds: int, out: Path | None, say: Say) -> d
     with tempfile.TemporaryDirectory(prefix="edgelocal-bench-") as folder:
         variants = _variants(setting, Path(folder), figures, say)
         for number in range(1, rounds + 1):
-            where = f"round {number} of {rounds}"
+            where, started = f"round {number} of {rounds}", time.monotonic()
             figures.measure(variants, where)
             if number == 1:
                 cuts = _cut_batches(setting, figures, say)
                 smaller = _smaller(setting, cuts)
                 figures.measure(smaller, where)
                 variants += smaller
+            if number < rounds:
+                left = (rounds - number) * (time.monotonic() - started)
+                say(f"{where} is done, {left / 60:.0f} minutes left")
             found = _found(setting, rounds, number, figures, cuts)
             if out is not None:
                 write_figures(out, found)

@@ -42,7 +42,7 @@ class Figures:
 
     def measure(self, variants: Sequence[Variant], where: str) -> None:
         """Each variant once; one that does not fit its budget is left out from then on."""
-        for variant in variants:
+        for number, variant in enumerate(variants, start=1):
             if variant.name in self._failed:
                 continue
             try:
@@ -52,7 +52,7 @@ class Figures:
                 continue
             self._found.setdefault(variant.name, []).append(result)
             self._say(
-                f"{where}, {variant.name}: {format_size(result.working_set_bytes)}, "
+                f"{where}, {number} of {len(variants)}, {variant.name}: {format_size(result.working_set_bytes)}, "
                 f"{1000 * result.time_per_sample_s:.2f} ms a sample"
             )
 

@@ -7,6 +7,7 @@ with the others, and takes `result.combine` of them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -67,9 +68,16 @@ def best_checkpointing(setting: Setting, say: Say, measure: MeasureSegments = me
         raise UsageError(f"{setting.network} has {units} unit, so there are no segments to checkpoint; leave it out")
     short = replace(setting, steps=min(SEARCH_STEPS, setting.steps))
 
+    count, tuned = (
+        len(candidates) + min(FINALISTS, len(candidates)) * (SEARCH_ROUNDS - 1),
+        ", allocator tuned" * setting.tuned,
+    )
+    tries = itertools.count(1)
+
     def again(segments: int) -> Measurement:
         found = measure(short, segments)
-        say(f"PyTorch checkpointing, {segments} segments: {format_size(found.working_set_bytes)}")
+        size = format_size(found.working_set_bytes)
+        say(f"search for the best checkpointing{tuned}, {next(tries)} of {count}: {segments} segments, {size}")
         return found
 
     first = sorted((again(segments) for segments in candidates), key=_size)
