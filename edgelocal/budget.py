@@ -33,7 +33,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     size = int(Fraction(match[1]) * _UNITS[match[2].lower()]) if match else 0
     if not 1 <= size <= LARGEST_SIZE:
-        raise UsageError(f"{text!r} is not a size; write for example 96MiB, 1.5GB or 100000000 (bytes)")
+        raise UsageError(
+            f"{text!r} is not a size; write for example 96MiB, 1.5GB or 100000000 (bytes); the units are KB, MB, "
+            "GB, KiB, MiB and GiB"
+        )
     return size
 
 

@@ -216,6 +216,7 @@ def _cache(manifest: Manifest, request: PlanRequest, disk_free_bytes: int) -> di
         "float16_bytes": 2 * elements,
         "disk_free_bytes": disk_free_bytes,
         "auto": precision,
+        "augmented": request.augment,
     }
 
 

@@ -86,9 +86,9 @@ def _thresholds(values: dict[str, int], *, whole: bool) -> str:
 
 
 def _cache(cache: dict[str, Any]) -> str:
-    taken = "none" if cache["auto"] == "off" else cache["auto"]
+    taken = "none while the data is augmented" if cache["augmented"] else cache["auto"].replace("off", "none")
     return (
         f"cached outputs: {format_size(cache['float32_bytes'])} on disk in float32, "
-        f"{format_size(cache['float16_bytes'])} in float16; --cache auto takes {taken} here "
-        f"({format_size(cache['disk_free_bytes'])} free)"
+        f"{format_size(cache['float16_bytes'])} in float16; --cache auto takes {taken} "
+        f"({format_size(cache['disk_free_bytes'])} free on this machine)"
     )
