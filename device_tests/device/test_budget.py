@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelocal.budget import PeakMeter, format_size, parse_budget, parse_size, peak_rss_bytes, reset_peak, rss_bytes
+from edgelocal.budget import (
+    PeakMeter,
+    format_size,
+    parse_budget,
+    parse_size,
+    peak_rss_bytes,
+    reset_peak,
+    rss_bytes,
+    size_up,
+)
 from edgelocal.errors import UsageError
 
 MIB = 1 << 20
@@ -86,6 +95,14 @@ def test_formatted_sizes(size: int, text: str) -> None:
 @given(st.integers(1, 1 << 45))
 def test_a_formatted_size_reads_back_to_within_its_digits(size: int) -> None:
     assert parse_size(format_size(size)) == pytest.approx(size, rel=0.05)
+
+
+@given(st.integers(1, 1 << 50))
+def test_a_need_is_never_shown_as_less_and_at_most_a_tenth_of_the_unit_more(size: int) -> None:
+    shown = parse_size(size_up(size))
+    assert size <= shown
+    unit = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[size_up(size).split()[1]]
+    assert shown - size <= unit / 10 + 1
 
 
 def test_meters_read_the_status_of_the_process(tmp_path: Path) -> None:
