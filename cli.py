@@ -126,6 +126,13 @@ def plan(as_json: bool, **options: Any) -> None:
     help="Every batch through all blocks, or one block after the other.",
 )
 @click.option(
+    "--runtime",
+    type=click.Choice(["auto", "portable", "ort-training"]),
+    default="auto",
+    show_default=True,
+    help="The bundle's own step graphs, or its artifacts for ONNX Runtime's training build. auto: the faster one.",
+)
+@click.option(
     "--cache",
     type=click.Choice(["off", "auto", "float32", "float16"]),
     default="off",

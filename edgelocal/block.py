@@ -12,9 +12,10 @@ from edgelocal.augment import bernoulli_mask
 from edgelocal.bundle import Bundle
 from edgelocal.errors import BundleError, DivergedError, UsageError
 from edgelocal.graphs import GraphPool
+from edgelocal.ort_step import run_artifacts
 from edgelocal.pages import PREFIX, PageFile
 from edgelocal.session import Tensor, give_back
-from edgelocal.spec import BlockSpec, GraphSpec, MaskSpec
+from edgelocal.spec import BlockSpec, GraphSpec, MaskSpec, OrtTrainingSpec
 from edgelocal.tensors import Array
 
 Values = Mapping[str, Tensor]
@@ -23,7 +24,8 @@ Values = Mapping[str, Tensor]
 class Block:
     """State (parameters, optimizer slots, buffers) of one block; its graphs come from a pool when they are used.
 
-    With a `page` folder the state waits on disk whenever the block does not work.
+    With a `page` folder the state waits on disk whenever the block does not work. With `artifacts` the gradients are
+    those of ONNX Runtime's training artifacts (ort_step.py), and the whole batch is taken at once.
 
     Raises:
         BundleError: the weights are not what the manifest says.
@@ -36,11 +38,14 @@ class Block:
         graphs: GraphPool,
         state: Mapping[str, Array] | None = None,
         page: Path | None = None,
+        *,
+        artifacts: bool = False,
     ) -> None:
         self.bundle = bundle
         self.index = index
         self.spec: BlockSpec = bundle.manifest.blocks[index]
         self._graphs = graphs
+        self._artifacts = self.spec.ort_training if artifacts else None
         arrays = state or self._initial()
         self._page = PageFile(page / f"{PREFIX}{self.spec.name}", self.spec.state()) if page else None
         self._state: dict[str, Tensor] = {}
@@ -81,10 +86,13 @@ class Block:
         """
         second = self.spec.accumulation
         # Before the state is read: what must make room for the graph goes first.
-        self._graphs.get(self.spec.step if micro_batch is None or second is None else second.gradient)
+        if self._artifacts is None:
+            self._graphs.get(self.spec.step if micro_batch is None or second is None else second.gradient)
         state = self._load()
         masks = self._masks(x.batch, seed, number)
-        if micro_batch is None:
+        if self._artifacts is not None:
+            result = self._by_artifacts(x, y, hyper, masks, state, self._artifacts, release)
+        elif micro_batch is None:
             result = self._whole(x, y, hyper, masks, state, release)
         else:
             result = self._in_parts(x, y, hyper, masks, state, micro_batch, release)
@@ -165,6 +173,26 @@ class Block:
             del state[name]
         written = h.array().nbytes + sum(t.array().nbytes for t in sums.values())
         return StepResult(h, loss, metric, written)
+
+    def _by_artifacts(
+        self,
+        x: Tensor,
+        y: Tensor,
+        hyper: Mapping[str, float],
+        masks: Values,
+        state: dict[str, Tensor],
+        artifacts: OrtTrainingSpec,
+        release: bool,
+    ) -> StepResult:
+        """The gradients of the runtime's training model, then the update of the second form of a step."""
+        second = self.spec.accumulation
+        assert second is not None, "bundles with artifacts have a second form"
+        model = self._graphs.get(artifacts.training, training=True)
+        found = run_artifacts(model, {"x": x, "y": y, **masks}, state, second, release=release)
+        self._run(second.apply, _scalars(hyper), found.state, {}, release)
+        state |= {name: tensor for name, tensor in found.state.items() if name in state}
+        written = found.h.array().nbytes + found.gradient_bytes
+        return StepResult(found.h, found.loss, found.metric, written)
 
     def _run(
         self, spec: GraphSpec, feeds: Values, state: dict[str, Tensor], given: Values, release: bool

@@ -96,10 +96,11 @@ def verify(bundle: Bundle) -> tuple[str, ...]:
     """
     names = tuple(sorted(bundle.manifest.files))
     graphs = {graph.file for graph in graphs_of(bundle.manifest)}
+    training = {b.ort_training.training.file for b in bundle.manifest.blocks if b.ort_training}
     for name in names:
         data = bundle.read(name)
         if name in graphs:
-            scan(data, name)
+            scan(data, name, training=name in training)
     for block in bundle.manifest.blocks:
         bundle.weights(block)
     extra = sorted(set(_present(bundle.folder)) - set(names) - {MANIFEST})

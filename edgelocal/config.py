@@ -17,6 +17,7 @@ from edgelocal.spec import Manifest
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 TRAINING_SCHEDULES = ("interleaved", "sequential")
 CACHES = ("off", "float32", "float16")
+PORTABLE, ORT_TRAINING = "portable", "ort-training"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class TrainConfig:
     """The settings that decide the bits of a run, together with the bundle, the data and the runtime.
 
     `hyper` overrides the optimizer's hyper-parameters; `cache` is the precision in which
-    the outputs of frozen blocks are kept on disk, or off.
+    the outputs of frozen blocks are kept on disk, or off; `runtime` says whether gradients come from the bundle's step
+    graphs or from its artifacts for ONNX Runtime's training.
     """
 
     epochs: int
@@ -37,6 +39,7 @@ class TrainConfig:
     augment: bool
     cache: str
     hyper: dict[str, float]
+    runtime: str = PORTABLE
 
     def check(self, manifest: Manifest) -> None:
         """Raise UsageError for the first value that cannot be used with the bundle."""

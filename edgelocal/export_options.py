@@ -48,6 +48,7 @@ class ExportOptions:
     memory_budget: str | None = None
     weights: Path | None = None
     partial_weights: bool = False
+    runtime: str = "portable"
     seed: int = 0
 
 
@@ -98,6 +99,12 @@ _OPTIONS = (
         "--weights", type=click.Path(path_type=Path), help="Start from a .safetensors or .pt file (read weights-only)."
     ),
     _option("--partial-weights", is_flag=True, help="Take from --weights what fits, and report the rest."),
+    _option(
+        "--runtime",
+        type=click.Choice(["portable", "ort-training", "both"]),
+        help="What the bundle can be trained with: standard ONNX on any ONNX Runtime, the artifacts of ONNX Runtime's "
+        "training build, or both.",
+    ),
     _option("--seed", help="Of the initial weights."),
 )
 

@@ -23,8 +23,8 @@ class GraphPool:
         self._recency = Recency(limit_bytes)
         self._graphs: dict[str, Graph] = {}
 
-    def get(self, spec: GraphSpec) -> Graph:
-        """The graph of `spec`, or one of the same structure.
+    def get(self, spec: GraphSpec, *, training: bool = False) -> Graph:
+        """The graph of `spec`, or one of the same structure; with `training` one of ONNX Runtime's training artifacts.
 
         Raises:
             BundleError: the file is not what the manifest says.
@@ -36,12 +36,12 @@ class GraphPool:
         if dropped:
             give_back()
         if spec.key not in self._graphs:
-            self._load(spec)
+            self._load(spec, training)
         return self._graphs[spec.key]
 
-    def _load(self, spec: GraphSpec) -> None:
+    def _load(self, spec: GraphSpec, training: bool) -> None:
         try:
-            self._graphs[spec.key] = Graph(spec, self._bundle.read(spec.file), self._threads)
+            self._graphs[spec.key] = Graph(spec, self._bundle.read(spec.file), self._threads, training=training)
         except BaseException:
             self._recency.forget(spec.key)
             raise

@@ -31,6 +31,7 @@ def describe_bundle(manifest: Manifest) -> dict[str, Any]:
         "optimizer": {"name": manifest.optimizer.name, **manifest.optimizer.hyper},
         "units": len(manifest.units),
         "versions": manifest.versions,
+        "runtimes": list(manifest.runtimes),
         "bytes": sum(f.size for f in manifest.files.values()),
         "batch": manifest.defaults.batch,
         "frontier": None if manifest.frontier is None else [vars(point) for point in manifest.frontier],
@@ -39,7 +40,7 @@ def describe_bundle(manifest: Manifest) -> dict[str, Any]:
 
 
 def _describe_block(manifest: Manifest, block: BlockSpec) -> dict[str, Any]:
-    names = [block.step.file, block.forward.file, block.weights] + ([block.head.file] if block.head else [])
+    own = f"blocks/{block.name}/"
     return {
         "name": block.name,
         "units": list(block.units),
@@ -49,7 +50,7 @@ def _describe_block(manifest: Manifest, block: BlockSpec) -> dict[str, Any]:
         "depth": block.depth,
         "macs": None if block.macs is None else vars(block.macs),
         "state_bytes": sum(tensor_bytes(t) for t in block.state()),
-        "file_bytes": sum(manifest.files[name].size for name in names),
+        "file_bytes": sum(file.size for name, file in manifest.files.items() if name.startswith(own)),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from edgelocal.budget import peak_rss_bytes, reset_peak
 from edgelocal.bundle import Bundle
 from edgelocal.checkpoint import Progress, check_progress, read_progress
-from edgelocal.config import TrainConfig
+from edgelocal.config import ORT_TRAINING, TrainConfig
 from edgelocal.device import describe
 from edgelocal.errors import BudgetError, OverBudgetError
 from edgelocal.formats.base import Dataset
@@ -151,7 +151,14 @@ class Job:
         trainer = Trainer(
             self._bundle.manifest,
             request.config,
-            load_blocks(self._bundle, self._threads, tensors, self._plan, request.out / _CACHE),
+            load_blocks(
+                self._bundle,
+                self._threads,
+                tensors,
+                self._plan,
+                request.out / _CACHE,
+                artifacts=request.config.runtime == ORT_TRAINING,
+            ),
             self._data,
             self._validation,
             validate_every=request.validate_every,

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
+from edgelocal.artifacts import RESET, gradient_buffer
 from edgelocal.decode import DecodeError, decode, expect, unique
 from edgelocal.errors import BundleError
 from edgelocal.spec import (
@@ -28,6 +29,7 @@ from edgelocal.spec import (
     GraphSpec,
     InputSpec,
     Manifest,
+    OrtTrainingSpec,
     TensorSpec,
 )
 
@@ -124,10 +126,13 @@ def is_plain(text: str) -> bool:
 
 
 def graphs_of(manifest: Manifest) -> tuple[GraphSpec, ...]:
-    """Every graph of a bundle."""
+    """Every graph that a bundle describes."""
     own = [graph for block in manifest.blocks for graph in (block.step, block.forward, block.head)]
     second = [g for b in manifest.blocks if b.accumulation for g in (b.accumulation.gradient, b.accumulation.apply)]
-    return (manifest.predict, *(graph for graph in own if graph is not None), *second)
+    artifacts = [
+        g for b in manifest.blocks if b.ort_training for g in (b.ort_training.training, b.ort_training.evaluation)
+    ]
+    return (manifest.predict, *(graph for graph in own if graph is not None), *second, *artifacts)
 
 
 def _check(manifest: Manifest) -> None:
@@ -138,7 +143,10 @@ def _check(manifest: Manifest) -> None:
     expect(len(set(names)) == len(names), "manifest.blocks", "a name of its own for each block", names)
     for block in manifest.blocks:
         expect(BLOCK_NAME.fullmatch(block.name) is not None, "manifest.blocks", "a plain name", block.name)
-        expect(block.weights in manifest.files, f"block {block.name}", "weights listed in files", block.weights)
+        own = [block.weights]
+        own += [block.ort_training.optimizer, block.ort_training.checkpoint] if block.ort_training else []
+        for file in own:
+            expect(file in manifest.files, f"block {block.name}", "files that are listed", file)
         modelled = block.memory is not None and block.accumulation is not None
         expect(modelled or manifest.schema == 1, f"block {block.name}", "its memory and its accumulation", None)
         _check_block(block, "absolute_error" if manifest.task.loss == "mse" else "correct")
@@ -154,8 +162,9 @@ def _check_graphs(manifest: Manifest) -> None:
     graphs = graphs_of(manifest)
     count = sum(len(graph.inputs) + len(graph.outputs) for graph in graphs)
     expect(count <= MAX_TENSORS, "manifest", f"at most {MAX_TENSORS} tensors", count)
+    absent = _replaced(manifest)
     for graph in graphs:
-        expect(graph.file in manifest.files, graph.file, "a file listed in files", graph.file)
+        expect(graph.file in manifest.files or graph.file in absent, graph.file, "a file listed in files", graph.file)
         for tensors in (graph.inputs, graph.outputs):
             for tensor in tensors:
                 _check_tensor(tensor, f"{graph.file}: {tensor.name[:64]}")
@@ -163,6 +172,14 @@ def _check_graphs(manifest: Manifest) -> None:
             expect(len(set(names)) == len(names), graph.file, "a name of its own for each tensor", names)
         _check_hints(graph)
     _check_names(manifest.predict, ("x",), ("logits",))
+
+
+def _replaced(manifest: Manifest) -> set[str]:
+    """The graphs that a bundle may only describe: all those that the artifacts of ONNX Runtime's training stand for."""
+    if not all(block.ort_training and block.accumulation for block in manifest.blocks):
+        return set()
+    graphs = {g.file for b in manifest.blocks if b.accumulation for g in (b.step, b.accumulation.gradient)}
+    return graphs if graphs.isdisjoint(manifest.files) else set()
 
 
 def _check_hints(graph: GraphSpec) -> None:
@@ -187,6 +204,8 @@ def _check_block(block: BlockSpec, metric: str) -> None:
         _check_accumulation(block, block.accumulation, metric)
     if block.memory is not None:
         _check_memory(block)
+    if block.ort_training is not None:
+        _check_artifacts(block, block.ort_training, metric)
     for tensor in step.outputs[1:3]:
         expect(tensor.shape == (), f"{step.file}: {tensor.name}", "the shape of a number, []", list(tensor.shape))
     inputs = {t.name for t in step.inputs}
@@ -215,6 +234,23 @@ def _check_accumulation(block: BlockSpec, second: AccumulationSpec, metric: str)
     written = [t.name for t in second.apply.outputs]
     updated = {f"new/{name}" for name, t in state.items() if t.kind in ("param", "opt")}
     expect(set(written) <= updated, second.apply.file, "outputs that are the block's state", written)
+
+
+def _check_artifacts(block: BlockSpec, given: OrtTrainingSpec, metric: str) -> None:
+    """That the training model takes the block's state and a buffer for every gradient, all as float32."""
+    outputs = ("loss", "h", metric)
+    kept = [t for t in block.state() if t.kind in ("param", "buf")]
+    sums = block.accumulation.apply.inputs if block.accumulation else ()
+    known = {t.name: t.shape for t in kept} | {gradient_buffer(t.name): t.shape for t in sums if t.kind == "acc"}
+    known |= {t.name: t.shape for t in block.step.inputs if t.kind in ("", "rand") and t.name != "lr"} | {RESET: (1,)}
+    for graph in (given.training, given.evaluation):
+        found = tuple(t.name for t in graph.outputs[:3])
+        expect(found == outputs, graph.file, f"outputs that begin with {outputs}", found)
+        for tensor in graph.inputs:
+            expect(known.get(tensor.name) == tensor.shape, graph.file, "a tensor of the block", tensor)
+    missing = sorted(known.keys() - {t.name for t in given.training.inputs})
+    hyper = [name for name in missing if "/" in name]
+    expect(not hyper, given.training.file, "an input for all state and gradients", hyper)
 
 
 def _check_memory(block: BlockSpec) -> None:

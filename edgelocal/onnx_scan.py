@@ -8,7 +8,7 @@ subgraphs and with them loops, functions, training information, and whatever a l
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edgelocal.errors import BundleError
 from edgelocal.protobuf import as_bytes, fields
@@ -67,15 +67,32 @@ _MODEL = _Message(
     refused={1: f"an IR version other than 3 to {IR_VERSION}", 20: "training information", 25: "functions"},
 )
 
+# The same with the operators by which ONNX Runtime's training build derives and adds up gradients, and no others of it.
+TRAINING_DOMAIN = b"com.microsoft"
+TRAINING_OPERATORS = frozenset(
+    (
+        *("InPlaceAccumulatorV2", "Scale", "FusedMatMul", "SplitTraining", "ConcatTraining", "ConvGrad", "ReluGrad"),
+        *("SoftmaxGrad_13", "LogSoftmaxGrad_13", "LayerNormalizationGrad", "GeluGrad", "SigmoidGrad", "TanhGrad"),
+        *("LeakyReluGrad", "AveragePoolGrad", "GatherGrad", "GatherElementsGrad", "GatherNDGrad", "SliceGrad"),
+    )
+)
+_TRAINING_NODE = replace(_NODE, bound={7: (*DOMAINS, TRAINING_DOMAIN)})
+_TRAINING_OPSET = replace(_OPSET, bound={1: (*DOMAINS, TRAINING_DOMAIN), 2: range(1, OPSET + 1)})
+_TRAINING_GRAPH = replace(_GRAPH, inner={**_GRAPH.inner, 1: _TRAINING_NODE})
+_TRAINING_MODEL = replace(_MODEL, inner={7: _TRAINING_GRAPH, 8: _TRAINING_OPSET})
 
-def scan(model: bytes, file: str = "") -> None:
-    """Check the bytes of a graph; `file` is its name in errors.
+
+def scan(model: bytes, file: str = "", *, training: bool = False) -> None:
+    """Check the bytes of a graph; `file` is its name in errors. With `training` it is one of ONNX Runtime's training
+    artifacts, which has operators of that runtime too.
 
     Raises:
         BundleError: it holds what no graph of a bundle needs, or is no protobuf message.
     """
     try:
-        _scan(model, _MODEL)
+        _scan(model, _TRAINING_MODEL if training else _MODEL)
+        if training:
+            _check_operators(model)
     except BundleError as error:
         raise BundleError(f"{file}: {error}" if file else str(error)) from None
 
@@ -90,3 +107,13 @@ def _scan(message: bytes, kind: _Message) -> None:
         elif value not in bound.get(number, ()):
             what = kind.refused.get(number, f"field {number} of {kind.name}")
             raise BundleError(f"ONNX with {what}, which no graph of a bundle has; export the bundle again")
+
+
+def _check_operators(model: bytes) -> None:
+    """That of the runtime's own domain only the known ones are used."""
+    for graph in (as_bytes(f) for f in fields(model) if f[0] == 7):
+        for node in (as_bytes(f) for f in fields(graph) if f[0] == 1):
+            parts = {number: value for number, _, value in fields(node)}
+            kind = bytes(parts.get(4, b"")).decode(errors="replace")
+            if parts.get(7) == TRAINING_DOMAIN and kind not in TRAINING_OPERATORS:
+                raise BundleError(f"ONNX with the operator {kind!r}, which no training artifact has; export again")

@@ -128,7 +128,7 @@ def _planned(trainer: Trainer) -> str:
     """The plan in words."""
     plan = trainer.plan
     if plan is None:
-        return "no plan: this bundle has no memory model"
+        return "no plan: there is no memory model for this; the peak is measured after every step"
     paged = sum(not b.resident for b in plan.blocks)
     parts = [f"planned peak {format_size(plan.peak_bytes)}"]
     parts += [f"{paged} of {len(plan.blocks)} blocks paged from disk"] if paged else []

@@ -44,11 +44,13 @@ def load_blocks(
     tensors: Mapping[str, Array] | None,
     plan: Plan | None = None,
     page_folder: Path | None = None,
+    *,
+    artifacts: bool = False,
 ) -> list[Block]:
     """The blocks of a bundle with their initial state, or with that of a checkpoint.
 
     What the plan does not keep in memory waits in `page_folder`. Tensors that are read when asked for are asked for
-    one at a time, and none is kept but in its block.
+    one at a time, and none is kept but in its block. With `artifacts` they train by ONNX Runtime's own.
 
     Raises:
         CheckpointError: the tensors are not the state of these blocks.
@@ -60,7 +62,8 @@ def load_blocks(
     for index, spec in enumerate(bundle.manifest.blocks):
         state = None if tensors is None else _BlockState(spec, tensors)
         paged = plan is not None and not plan.blocks[index].resident
-        blocks.append(Block(bundle, index, graphs, state, page_folder if paged else None))
+        page = page_folder if paged else None
+        blocks.append(Block(bundle, index, graphs, state, page, artifacts=artifacts))
     return blocks
 
 

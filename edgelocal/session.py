@@ -79,6 +79,11 @@ def runtime() -> ModuleType:
     return module
 
 
+def has_training() -> bool:
+    """Whether the runtime is a training build, which knows the operators of its own training artifacts."""
+    return hasattr(runtime().capi._pybind_state, "CheckpointState")
+
+
 def runtime_info() -> RuntimeInfo:
     """Version, provider and settings that the bits of a run depend on."""
     return RuntimeInfo(runtime().__version__, "CPUExecutionProvider", GRAPH_LEVEL, platform.machine())
@@ -257,9 +262,9 @@ class Graph:
         OverBudgetError: no memory to load it.
     """
 
-    def __init__(self, spec: GraphSpec, model: bytes, threads: int) -> None:
+    def __init__(self, spec: GraphSpec, model: bytes, threads: int, *, training: bool = False) -> None:
         self.spec = spec
-        scan(model, spec.file)
+        scan(model, spec.file, training=training)
         reserve(_UNPLANNED)
         ort = runtime()
         try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from edgelocal.memory_spec import MemorySpec
 
-SCHEMA = 2
+SCHEMA = 3
 FORMAT = "edgelocal-bundle"
 BATCH = "N"
 GRAPH_BYTES, NODE_BYTES, UNKNOWN_NODES = 192 << 10, 4608, 1000
@@ -119,12 +119,24 @@ def graph_bytes(spec: GraphSpec) -> int:
 
 
 @dataclass(frozen=True)
+class OrtTrainingSpec:
+    """A block as artifacts of ONNX Runtime's on-device training: the models of a training step and of evaluation, and
+    the paths of the optimizer's model and of the checkpoint. Tensors have the names they have in the artifacts."""
+
+    training: GraphSpec
+    evaluation: GraphSpec
+    optimizer: str
+    checkpoint: str
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """A block: consecutive units trained by one local loss.
 
     `head` is the auxiliary network in inference mode (block output -> logits); the last block, which ends in the
     network's own head, has none. `masks` lists the random inputs of the step graph. `depth` is the depth of the
     auxiliary network, None for the last block. Bundles of schema 1 have no accumulation, memory, macs and depth.
+    With `ort_training` the files of step and gradient graph may be missing: then they only tell of the state.
     """
 
     name: str
@@ -138,6 +150,7 @@ class BlockSpec:
     memory: BlockMemorySpec | None = None
     macs: MacsSpec | None = None
     depth: int | None = None
+    ort_training: OrtTrainingSpec | None = None
 
     def state(self) -> tuple[TensorSpec, ...]:
         """Tensors the step graph reads and writes anew: parameters, optimizer slots, buffers."""
@@ -249,3 +262,10 @@ class Manifest:
     frontier: tuple[FrontierSpec, ...] | None = None
     format: str = FORMAT
     schema: int = field(default=SCHEMA)
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """What the blocks can be trained with: "portable", their step graphs; "ort-training", the artifacts."""
+        portable = all(block.step.file in self.files for block in self.blocks)
+        artifacts = all(block.ort_training is not None for block in self.blocks)
+        return ("portable",) * portable + ("ort-training",) * artifacts

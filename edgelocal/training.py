@@ -14,10 +14,10 @@ from typing import Any
 from edgelocal.budget import format_size, parse_budget, rss_bytes
 from edgelocal.bundle import Bundle, open_bundle, verify
 from edgelocal.cache import cache_precision
-from edgelocal.config import TrainConfig
+from edgelocal.config import ORT_TRAINING, PORTABLE, TrainConfig
 from edgelocal.data import Split, has_split, holds_images, open_dataset, pipeline_bytes
 from edgelocal.device import describe
-from edgelocal.errors import BudgetError, InterruptedRunError, UsageError
+from edgelocal.errors import BudgetError, InterruptedRunError, RuntimeMissingError, UsageError
 from edgelocal.formats.base import Dataset
 from edgelocal.formats.images import warm_up
 from edgelocal.job import Job, TrainRequest
@@ -26,7 +26,7 @@ from edgelocal.plan import Plan, has_model, idle_range, make_plan
 from edgelocal.progress import Display
 from edgelocal.run import check_resume, check_same
 from edgelocal.run_info import RUN, RunInfo, describe_run, read_run
-from edgelocal.session import give_back, start
+from edgelocal.session import give_back, has_training, start
 from edgelocal.spec import Manifest
 from edgelocal.store import lock
 
@@ -44,6 +44,7 @@ def make_request(
     warmup_epochs: int,
     hyper: Sequence[str],
     schedule: str,
+    runtime: str,
     cache: str,
     augment: bool,
     memory_budget: str | None,
@@ -57,7 +58,8 @@ def make_request(
     val_every: int,
 ) -> TrainRequest:
     """The request of the command line, with the bundle's defaults for what it leaves out."""
-    defaults = open_bundle(bundle).manifest.defaults
+    manifest = open_bundle(bundle).manifest
+    defaults = manifest.defaults
     config = TrainConfig(
         epochs=defaults.epochs if epochs is None else epochs,
         batch=defaults.batch if batch is None else batch,
@@ -69,7 +71,10 @@ def make_request(
         augment=augment,
         cache=cache,
         hyper=dict(_hyper(item) for item in hyper),
+        runtime=choose_runtime(runtime, manifest),
     )
+    if config.runtime == ORT_TRAINING and micro_batch is not None:
+        raise UsageError("--micro-batch needs --runtime portable: the artifacts take the whole batch at once")
     if not checkpoint_seconds > 0:
         raise UsageError(f"--checkpoint-seconds is {checkpoint_seconds}, expected a number above 0")
     budget = None if memory_budget is None else parse_budget(memory_budget, describe().effective_bytes)
@@ -90,6 +95,20 @@ def make_request(
     )
 
 
+def choose_runtime(asked: str, manifest: Manifest) -> str:
+    """What the blocks are trained with; "auto" is the faster one that the bundle has (docs/decisions/0013).
+
+    Raises:
+        UsageError: the bundle was not exported for what is asked for.
+    """
+    if asked == "auto":
+        return PORTABLE if PORTABLE in manifest.runtimes else ORT_TRAINING
+    if asked not in manifest.runtimes:
+        has = " and ".join(manifest.runtimes)
+        raise UsageError(f"this bundle has what --runtime {has} needs; export it with --runtime {asked}, or both")
+    return asked
+
+
 def _hyper(text: str) -> tuple[str, float]:
     name, equals, value = text.partition("=")
     try:
@@ -108,6 +127,12 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
         EdgelocalError: see errors.py; whatever was committed before stands.
     """
     start()
+    if request.config.runtime == ORT_TRAINING and not has_training():
+        raise RuntimeMissingError(
+            "the artifacts need ONNX Runtime's training build, and this is another one: pip install "
+            "onnxruntime-training-cpu in an environment of its own (x86-64, Python up to 3.12), or train with "
+            "--runtime portable"
+        )
     bundle = open_bundle(request.bundle)
     manifest = bundle.manifest
     verify(bundle)  # damage is found now, not when the block's turn comes after hours
@@ -166,7 +191,7 @@ def _plan(
     wanted: Sequence[int] | None,
     bound: int | None = None,
 ) -> Plan | None:
-    """The plan of the run; for a bundle without a memory model a rough check instead.
+    """The plan of the run; for a bundle without a memory model, and for artifacts, which have none, a rough check.
 
     `measured` are bytes of the idle process, `wanted` micro-batches to keep if they fit, `bound` is one more upper
     bound for them, besides the request's.
@@ -175,7 +200,7 @@ def _plan(
         BudgetError: it cannot fit. Nothing was allocated or written.
     """
     manifest, config = bundle.manifest, request.config
-    if not has_model(manifest):
+    if config.runtime == ORT_TRAINING or not has_model(manifest):
         _check_fit(bundle, request.budget_bytes)
         return None
     datasets = [data, *([validation] if validation is not None else [])]

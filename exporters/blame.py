@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +32,8 @@ def blame(error: Failure, module: nn.Module, inputs: Sequence[torch.Tensor], blo
     `module` holds `block` under the name block. Every submodule is traced alone, innermost first; the first one that
     fails in the same way is it.
     """
-    path, culprit, arguments = _culprit(error, module, inputs)
-    where = f"block {block.name} ({', '.join(block.unit_names)})"
-    if path.startswith("block.") and block.module_name(path.removeprefix("block.")):
-        where = f"module {block.module_name(path.removeprefix('block.'))} ({type(culprit).__name__})"
+    path, culprit, arguments = _culprit(module, inputs, partial(_fails_alike, error))
+    where = _where(path, culprit, block)
     if isinstance(error, UnsupportedOperatorError):
         return ExportError(
             f"{where} uses {error}, which has no form in standard ONNX operators here; replace it in the network, or "
@@ -44,13 +43,27 @@ def blame(error: Failure, module: nn.Module, inputs: Sequence[torch.Tensor], blo
     return ExportError(f"{where} cannot be exported{f', at {operator}' if operator else ''}: {error}")
 
 
-def _culprit(error: Failure, module: nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[str, nn.Module, Tensors]:
-    """Path, module and the arguments it is called with; the module itself where no submodule fails alone."""
+def blame_operator(target: str, module: nn.Module, inputs: Sequence[torch.Tensor], block: LocalBlock) -> str:
+    """The innermost submodule of `module` in whose forward pass the ATen operator `target` occurs, in words."""
+    path, culprit, _ = _culprit(module, inputs, partial(_has, target))
+    return _where(path, culprit, block)
+
+
+def _where(path: str, culprit: nn.Module, block: LocalBlock) -> str:
+    if path.startswith("block.") and block.module_name(path.removeprefix("block.")):
+        return f"module {block.module_name(path.removeprefix('block.'))} ({type(culprit).__name__})"
+    return f"block {block.name} ({', '.join(block.unit_names)})"
+
+
+def _culprit(
+    module: nn.Module, inputs: Sequence[torch.Tensor], guilty: Callable[[nn.Module, Tensors], bool]
+) -> tuple[str, nn.Module, Tensors]:
+    """Path, module and the arguments it is called with; the module itself where no submodule is guilty alone."""
     arguments = tuple(_example([PROBE_BATCH, *(int(d) for d in x.shape[1:])], x.dtype) for x in inputs)
     seen = _calls(module, arguments)
     for path in sorted(seen, key=lambda p: -p.count(".")):
         child, given = seen[path]
-        if _fails_alike(error, child, given):
+        if guilty(child, given):
             return path, child, given
     return "", module, arguments
 
@@ -89,6 +102,17 @@ def _fails_alike(error: Failure, child: nn.Module, arguments: Tensors) -> bool:
     except TraceError:
         return isinstance(error, TraceError)
     return False
+
+
+def _has(target: str, child: nn.Module, arguments: Tensors) -> bool:
+    batch = Batch()
+    fakes = [batch.tensor(a.shape[1:], a.dtype) for a in arguments]
+    try:
+        with torch.no_grad():
+            traced = trace(_Probe(child), fakes, batch, joint=False)
+    except TraceError:
+        return False
+    return any(str(node.target) == target for node in traced.graph.nodes)
 
 
 class _Probe(nn.Module):

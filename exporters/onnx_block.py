@@ -18,7 +18,7 @@ from edgelocal.exporters.onnx_graph import GraphBuilder, expression, value_info
 from edgelocal.exporters.rules import LocalBlock
 from edgelocal.exporters.structure import structure
 from edgelocal.exporters.trace import Batch, Traced, TraceError, trace
-from edgelocal.spec import BATCH, MaskSpec, TaskSpec, TensorSpec
+from edgelocal.spec import BATCH, MaskSpec, TensorSpec
 
 Shape = tuple[int | str, ...]
 Arguments = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape of a sample, and dtype, of every input
@@ -56,30 +56,30 @@ _MOST_TRACES = 16  # a network has few kinds of blocks; bounds what a long proce
 
 @contextlib.contextmanager
 def block_trace(
-    module: nn.Module, block: LocalBlock, arguments: Arguments, task: TaskSpec | None
+    module: nn.Module, block: LocalBlock, arguments: Arguments, *, joint: bool
 ) -> Iterator[tuple[Traced, Tensors]]:
-    """The trace of `module`, a view of `block`, to be lowered inside; with a task its gradients are traced too.
+    """The trace of `module`, a view of `block`, to be lowered inside; with `joint` its gradients are traced too.
 
     Raises:
         ExportError: an operator of the block, or of its derivative, cannot be traced or (inside) written as ONNX, or
             the graph would not hold for every batch; the message names the operator and the module.
     """
     try:
-        batch, traced = _trace(module, block, arguments, task)
+        batch, traced = _trace(module, block, arguments, joint=joint)
         yield traced, _tensors(block, traced)
         batch.check()
     except (TraceError, UnsupportedOperatorError) as error:
-        raise blame(error, module, _examples(Batch(), arguments), block) from error
+        raise blame(error, module, examples(arguments), block) from error
 
 
-def _trace(module: nn.Module, block: LocalBlock, arguments: Arguments, task: TaskSpec | None) -> tuple[Batch, Traced]:
+def _trace(module: nn.Module, block: LocalBlock, arguments: Arguments, *, joint: bool) -> tuple[Batch, Traced]:
     """Trace `module`, or reuse the trace of a block of the same structure."""
     parts = structure((block.body, block.head, block.auxiliary))
-    key = (type(module), parts, arguments, task)
+    key = (type(module), getattr(module, "task", None), parts, arguments, joint)
     if parts is not None and key in _TRACES:
         return _TRACES[key]
     batch = Batch()
-    traced = batch, trace(module, _examples(batch, arguments), batch, joint=task is not None)
+    traced = batch, trace(module, examples(arguments, batch), batch, joint=joint)
     if parts is not None:
         while len(_TRACES) >= _MOST_TRACES:
             del _TRACES[next(iter(_TRACES))]
@@ -87,7 +87,9 @@ def _trace(module: nn.Module, block: LocalBlock, arguments: Arguments, task: Tas
     return traced
 
 
-def _examples(batch: Batch, arguments: Arguments) -> tuple[torch.Tensor, ...]:
+def examples(arguments: Arguments, batch: Batch | None = None) -> tuple[torch.Tensor, ...]:
+    """Fake tensors of these shapes, with the same free batch."""
+    batch = batch or Batch()
     return tuple(batch.tensor(shape, dtype) for shape, dtype in arguments)
 
 

@@ -94,6 +94,7 @@ class GraphBuilder:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.masks: list[Mask] = []
+        self.origins: dict[str, str] = {}  # node -> the operator that it stands for, or is a part of
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._numbers: dict[tuple[sympy.Expr, torch.dtype], str] = {}
         self._results: dict[str, str] = {}

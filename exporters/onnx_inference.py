@@ -36,7 +36,7 @@ def _inference_graph(
     block: LocalBlock, module: nn.Module, source: str, result: str, shape: Sequence[int], dtype: torch.dtype
 ) -> ExportedGraph:
     builder = GraphBuilder(batch_of=source)
-    with torch.no_grad(), block_trace(module.eval(), block, ((tuple(shape), dtype),), None) as (traced, tensors):
+    with torch.no_grad(), block_trace(module.eval(), block, ((tuple(shape), dtype),), joint=False) as (traced, tensors):
         place = traced.user_inputs[0]
         values = lower(traced.graph, builder, {place: source, **tensors.value_names()})
     output = traced.user_outputs[0]

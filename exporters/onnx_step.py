@@ -88,7 +88,7 @@ def training_graph(
     arguments = ((tuple(input_shape), dtype), target_spec(task))
     builder = GraphBuilder(batch_of="x")
     gradients = use(builder)
-    with block_trace(module, block, arguments, task) as (traced, tensors):
+    with block_trace(module, block, arguments, joint=True) as (traced, tensors):
         values = _lower(traced, tensors, builder, gradients)
     return _finish(traced, tensors, builder, gradients, values, metric_names(task))
 

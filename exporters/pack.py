@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from edgelocal import __version__
 from edgelocal.bundle import MANIFEST
 from edgelocal.errors import BundleError, EdgelocalError, ExportError, UsageError
+from edgelocal.exporters.block_files import Writer, write_block
 from edgelocal.exporters.comparison import beside_bp
 from edgelocal.exporters.fit import Fit, fit
 from edgelocal.exporters.guest import guest, network_errors
 from edgelocal.exporters.macs import Counter, block_macs
-from edgelocal.exporters.memory.optimise import Lean, optimise
-from edgelocal.exporters.onnx_accumulate import apply_graph, gradient_graph
-from edgelocal.exporters.onnx_inference import forward_graph, head_graph
-from edgelocal.exporters.onnx_step import ExportedGraph, step_graph
 from edgelocal.exporters.partition import partition
 from edgelocal.exporters.request import ExportRequest
-from edgelocal.exporters.rules import LocalBlock, build_blocks, find
+from edgelocal.exporters.rules import build_blocks, find
 from edgelocal.exporters.trial import partition_point
 from edgelocal.exporters.units import Network, check_composition, load_network
 from edgelocal.exporters.weights import load_weights
 from edgelocal.manifest import parse_manifest, render_manifest
-from edgelocal.memory_spec import MemorySpec
 from edgelocal.onnx_wire import compose
 from edgelocal.spec import (
-    AccumulationSpec,
-    BlockMemorySpec,
     BlockSpec,
-    FileSpec,
     FrontierSpec,
     GraphSpec,
-    MacsSpec,
     Manifest,
     RuleSpec,
     TensorSpec,
 )
 from edgelocal.store import atomic_write, staging
-from edgelocal.tensors import Array, TensorFormatError, encode
 
 Say = Callable[[str], None]
 
@@ -84,12 +73,12 @@ def _write(request: ExportRequest, folder: Path, say: Say) -> dict[str, Any]:
     blocks = build_blocks(network, request.rule, found.cut, request.seed, found.depths)
     depths = found.depths or _rule_depths(request.rule, len(blocks))
     counter = Counter()
-    writer = _Writer(folder)
+    writer = Writer(folder)
     specs: list[BlockSpec] = []
     shape = tuple(request.input.shape)
     for block in blocks:
         say(f"block {block.name} of {len(blocks)}: {', '.join(block.unit_names)}")
-        spec = _write_block(writer, block, request, shape, dtype, block_macs(block, shape, dtype, counter))
+        spec = write_block(writer, block, request, shape, dtype, block_macs(block, shape, dtype, counter))
         depth = depths[len(specs)] if len(specs) < len(depths) else None
         specs.append(replace(spec, depth=depth))
         shape = spec.step.outputs[0].shape[1:]  # type: ignore[assignment]  # only the first dimension is symbolic
@@ -167,93 +156,7 @@ def _tail(tail: str) -> Literal["merge", "all"]:
     raise UsageError(f"there is no tail policy {tail!r}; choose merge or all")
 
 
-class _Writer:
-    """Writes the files of a bundle and remembers their sizes and digests."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[str, FileSpec] = {}
-
-    def write(self, name: str, chunks: Sequence[bytes | memoryview]) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256()
-        for chunk in chunks:
-            digest.update(chunk)
-        size = atomic_write(path, chunks)
-        self.files[name] = FileSpec(size, digest.hexdigest())
-
-    def graph(self, name: str, graph: ExportedGraph, lean: Lean) -> GraphSpec:
-        """Write the lean form of a graph."""
-        self.write(name, [lean.model.SerializeToString(deterministic=True)])
-        return GraphSpec(
-            name, graph.inputs, graph.outputs, lean.structure, lean.in_place, nodes=len(lean.model.graph.node)
-        )
-
-
-def _write_block(
-    writer: _Writer,
-    block: LocalBlock,
-    request: ExportRequest,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    macs: MacsSpec,
-) -> BlockSpec:
-    batch = request.defaults.batch
-    step = step_graph(block, request.task, request.optimizer, shape, dtype)
-    forward = forward_graph(block, shape, dtype)
-    output = step.output("h")
-    if output != forward.output("h"):
-        raise ExportError(
-            f"block {block.name} puts out {output.shape} in training and {forward.output('h').shape} in inference; "
-            "a unit must have one output shape"
-        )
-    gradient = gradient_graph(block, request.task, shape, dtype)
-    graphs = {"step": step, "gradient": gradient, "apply": apply_graph(gradient, request.optimizer), "forward": forward}
-    if block.auxiliary is not None:
-        graphs["head"] = head_graph(block, output.shape[1:])  # type: ignore[arg-type]  # static
-    specs: dict[str, GraphSpec] = {}
-    memory: dict[str, MemorySpec] = {}
-    for name, graph in graphs.items():
-        lean = optimise(graph, batch)
-        memory[name] = lean.memory
-        if name == "step":
-            macs = replace(macs, recomputed=lean.recomputed)
-        specs[name] = writer.graph(f"blocks/{block.name}/{name}.onnx", graph, lean)
-    weights = f"blocks/{block.name}/weights.safetensors"
-    writer.write(weights, _encoded(block, step.inputs))
-    return BlockSpec(
-        name=block.name,
-        units=block.unit_names,
-        step=specs["step"],
-        forward=specs["forward"],
-        head=specs.get("head"),
-        weights=weights,
-        masks=step.masks,
-        accumulation=AccumulationSpec(specs["gradient"], specs["apply"]),
-        memory=BlockMemorySpec(**memory),
-        macs=macs,
-    )
-
-
-def _encoded(block: LocalBlock, inputs: Sequence[TensorSpec]) -> Sequence[bytes | memoryview]:
-    try:
-        return encode(_initial(block, inputs))
-    except TensorFormatError as error:
-        raise ExportError(f"the weights of block {block.name} cannot be written: {error}") from error
-
-
-def _initial(block: LocalBlock, inputs: Sequence[TensorSpec]) -> dict[str, Array]:
-    local = {name: key for key, name in block.tensor_names().items()}
-    state = block.state_dict()
-    return {
-        t.name: np.ascontiguousarray(state[local[t.name.partition("/")[2]]].numpy()).reshape(t.resolve(1))
-        for t in inputs
-        if t.kind in ("param", "buf")
-    }
-
-
-def _write_predict(writer: _Writer, blocks: Sequence[BlockSpec]) -> GraphSpec:
+def _write_predict(writer: Writer, blocks: Sequence[BlockSpec]) -> GraphSpec:
     models = [(writer.folder / b.forward.file).read_bytes() for b in blocks]
     writer.write("predict.onnx", [compose(models)])
     weights = {t.name: t for b in blocks for t in b.forward.inputs[1:]}

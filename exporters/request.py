@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelocal.budget import parse_size
+from edgelocal.config import PORTABLE
 from edgelocal.errors import UsageError
 from edgelocal.export_options import ExportOptions
 from edgelocal.exporters.optimizers import MAX_FLOAT, Optimizer, make_optimizer
@@ -33,7 +34,8 @@ _MIN_STD = 1e-37  # float32 still divides by it
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What the command line asks for. `frontier` shows the trade-off around what a budget chooses, which takes time."""
+    """What the command line asks for. `runtime` is "portable", "ort-training" or "both"; `frontier` shows the trade-off
+    around what a budget chooses, which takes time."""
 
     network: str
     blocks: Blocks
@@ -48,6 +50,7 @@ class ExportRequest:
     seed: int
     budget_bytes: int | None = None
     frontier: bool = True
+    runtime: str = PORTABLE
 
     def check(self) -> None:
         """Raise UsageError for the first value out of range."""
@@ -130,6 +133,7 @@ def make_request(network: str, options: ExportOptions) -> ExportRequest:
         partial_weights=options.partial_weights,
         seed=options.seed,
         budget_bytes=None if budget is None else parse_memory_budget(budget, options.blocks),
+        runtime=options.runtime,
     )
 
 

@@ -30,7 +30,7 @@ from edgelocal.tensors import Array, decode, encode
 from edgelocal.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
-RESIDUAL, DROPOUT = GOLDEN / "residual", GOLDEN / "dropout"
+RESIDUAL, DROPOUT, ARTIFACTS = (GOLDEN / name for name in ("residual", "dropout", "artifacts"))
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error", "COLUMNS": "120", "NO_COLOR": "1"}
 
 

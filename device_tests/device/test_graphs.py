@@ -42,7 +42,7 @@ def test_the_least_recently_used_go_first_and_no_more_than_need_be(
 class Loaded:
     """A graph that takes no memory."""
 
-    def __init__(self, spec: GraphSpec, model: bytes, threads: int) -> None:
+    def __init__(self, spec: GraphSpec, model: bytes, threads: int, *, training: bool) -> None:
         self.spec = spec
 
 

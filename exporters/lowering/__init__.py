@@ -85,7 +85,9 @@ def lower(
         elif node.target in ASSERTIONS:
             continue
         elif node.op == "call_function":
+            first = len(builder.nodes)
             done[node] = _lower_node(node, builder, done)
+            builder.origins |= {made.name: str(node.target) for made in builder.nodes[first:]}
             if ready is not None and isinstance(done[node], Value):
                 ready(node, done[node])
         elif node.op == "get_attr":

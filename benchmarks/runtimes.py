@@ -1,0 +1,235 @@
+"""The same bundle, data and seed on both runtimes: is it the same training as in eager PyTorch, and which is faster?
+
+    python benchmarks/runtimes.py [--networks resnet32,vit] [--optimizers sgd,adamw] [--steps 100] [--batch 16]
+
+In an environment with PyTorch and ONNX Runtime's training build. Every network is exported once, in blocks with
+auxiliaries, for both runtimes. Eager PyTorch in float64 trains; before every step its state is given to eager float32,
+to the step graphs (portable) and to the artifacts (ort-training), which take the same step. A line a network and
+optimizer: for each of the three the largest relative error, over all steps, of a block's loss, of the gradients (as the
+optimizer's slots), and of a tensor of the state, running statistics included; the largest relative difference of a
+tensor between the two runtimes; and the time of a step on both, medians of interleaved steps. Exit code 1 if a runtime
+is further from float64 than eager float32 allows (`worse`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from parity_training import TASK, TINY, Array, Arrays, Sample, apart, eager_slots, eager_state, eager_step, relative
+
+from edgelocal.bundle import Bundle, open_bundle
+from edgelocal.export_options import ExportOptions
+from edgelocal.exporters.optimizers import Optimizer
+from edgelocal.exporters.oracle import Oracle
+from edgelocal.exporters.pack import export_bundle
+from edgelocal.exporters.request import make_request
+from edgelocal.exporters.rules import build_blocks
+from edgelocal.exporters.units import load_network
+from edgelocal.run import load_blocks
+from edgelocal.session import Tensor, runtime
+
+NETWORKS = ("resnet32", "vgg13", "mobilenetv2", "vit", "mlp")
+INPUTS = {"mlp": "784"}  # others 3x32x32
+SGD_RATE, ADAMW_RATE = 0.05, 1e-3
+SLACK = 10.0  # how much further than eager float32 a runtime may be from float64
+FLOOR = 1e-5  # and what is always near enough
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The largest relative errors of a program over all steps."""
+
+    loss: float
+    gradients: float
+    state: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network with an optimizer. `apart` is the largest relative difference of a tensor between the runtimes."""
+
+    network: str
+    optimizer: str
+    blocks: int
+    eager: Errors
+    portable: Errors
+    artifacts: Errors
+    apart: float
+    portable_s: float
+    artifacts_s: float
+
+    @property
+    def worse(self) -> bool:
+        """Whether a runtime is further from float64 than it may be."""
+        limits = {kind: max(FLOOR, SLACK * near) for kind, near in asdict(self.eager).items()}
+        return any(getattr(p, kind) > limit for kind, limit in limits.items() for p in (self.portable, self.artifacts))
+
+
+class Runner:
+    """The blocks of a bundle as the device trains them."""
+
+    def __init__(self, bundle: Bundle, optimizer: Optimizer, *, artifacts: bool) -> None:
+        self.blocks = load_blocks(bundle, 1, None, artifacts=artifacts)
+        self.hyper = dict(optimizer.hyper)
+        self.times: list[float] = []
+
+    def losses(self, x: Array, y: Array, lr: float) -> list[float]:
+        """One training step of all blocks."""
+        h, targets, found = Tensor.of(x), Tensor.of(y), []
+        started = time.perf_counter()
+        for block in self.blocks:
+            result = block.step(h, targets, {"lr": lr, **self.hyper}, 0, 0)
+            found.append(result.loss)
+            h = result.h
+        self.times.append(time.perf_counter() - started)
+        return found
+
+    def take(self, values: Arrays, steps: float) -> None:
+        """Be in this state, with so many updates done."""
+        for block in self.blocks:
+            for name, array in block.state().items():
+                if name in values:
+                    array[...] = values[name]
+                elif name == "opt/step":
+                    array[...] = steps
+
+    def state(self, kinds: Sequence[str]) -> Arrays:
+        """The floating tensors of these kinds, float64."""
+        found = {name: a for block in self.blocks for name, a in block.state().items()}
+        return {n: a.astype(np.float64) for n, a in found.items() if n.split("/")[0] in kinds and a.dtype == np.float32}
+
+
+def main() -> None:
+    """Parse, run, print; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--optimizers", default="sgd,adamw")
+    parser.add_argument("--blocks", default="2")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="Write every figure to this file.")
+    options = parser.parse_args()
+    versions = f"onnxruntime {runtime().__version__}, torch {torch.__version__}"
+    print(f"{versions}, batch {options.batch}, {options.steps} steps")
+    rows = []
+    for network in options.networks.split(","):
+        for optimizer in options.optimizers.split(","):
+            rows.append(measure(network, optimizer, options.blocks, options.steps, options.batch))
+            print(line(rows[-1]), flush=True)
+            if options.json is not None:
+                options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    print(f"largest relative difference between the runtimes: {max(row.apart for row in rows):.1e}")
+    sys.exit(any(row.worse for row in rows))
+
+
+def measure(network: str, optimizer: str, blocks: str, steps: int, batch: int) -> Row:
+    """One network with one optimizer."""
+    shape = INPUTS.get(network, "3x32x32")
+    given = ExportOptions(
+        blocks=blocks, optimizer=optimizer, input_shape=shape, batch=batch, runtime="both", pad=0, flip=False
+    )
+    request = make_request(network, given)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="edgelocal-runtimes-") as folder:
+        export_bundle(request, Path(folder) / "bundle", lambda text: None)
+        bundle = open_bundle(Path(folder) / "bundle")
+        runners = [Runner(bundle, request.optimizer, artifacts=artifacts) for artifacts in (False, True)]
+        oracles = [_oracle(bundle, request.optimizer, dtype) for dtype in (torch.float64, torch.float32)]
+        every = _steps(oracles, runners, request.optimizer, shape, steps, batch)
+        found = [_errors(column) for column in zip(*every, strict=True)]
+    (eager, _), (portable, _), (artifacts, between) = found
+    times = [median(runner.times[2:]) for runner in runners]
+    return Row(network, optimizer, len(bundle.manifest.blocks), eager, portable, artifacts, between, *times)
+
+
+def _oracle(bundle: Bundle, optimizer: Optimizer, dtype: torch.dtype) -> Oracle:
+    """The blocks of the bundle in eager PyTorch, built as the exporter built them."""
+    manifest = bundle.manifest
+    network = load_network(manifest.network, manifest.input.shape, 10, manifest.seed, torch.float32)
+    ends = list(accumulate(len(block.units) for block in manifest.blocks))
+    cut = tuple(range(start, end) for start, end in pairwise([0, *ends]))
+    blocks = build_blocks(network, manifest.rule, cut, manifest.seed, tuple(b.depth for b in manifest.blocks[:-1]))
+    return Oracle(blocks, TASK, optimizer.reference, dtype)
+
+
+Found = tuple[float, float, float, float]  # errors of loss, gradients, state; difference from the program before
+
+
+def _steps(
+    oracles: Sequence[Oracle], runners: Sequence[Runner], optimizer: Optimizer, shape: str, steps: int, batch: int
+) -> Iterator[list[Found]]:
+    """Of every step the figures of eager float32, the step graphs and the artifacts."""
+    truth, near = oracles
+    lr = ADAMW_RATE if optimizer.name == "adamw" else SGD_RATE
+    for number, (x, y) in enumerate(_data(shape, steps, batch)):
+        values = {**eager_state(truth), **eager_slots(truth, optimizer)}
+        _adopt(truth, near)
+        for runner in runners:
+            runner.take(values, float(number))
+        expected = eager_step(truth, x, y, lr)
+        state, slots = eager_state(truth), eager_slots(truth, optimizer)
+        losses = [eager_step(near, x, y, lr), *(runner.losses(x, y, lr) for runner in runners)]
+        states = [eager_state(near), *(runner.state(("param", "buf")) for runner in runners)]
+        moved = [eager_slots(near, optimizer), *(runner.state(("opt",)) for runner in runners)]
+        portable = states[1]
+        yield [
+            (relative(found, expected), apart(own, slots), _worst(there, state), _worst(there, portable))
+            for found, own, there in zip(losses, moved, states, strict=True)
+        ]
+
+
+def _data(shape: str, steps: int, batch: int) -> Iterator[Sample]:
+    rng = np.random.default_rng(0)
+    sizes = [int(size) for size in shape.split("x")]
+    for _ in range(steps):
+        y = rng.integers(0, 10, batch)
+        yield (rng.normal(size=(batch, *sizes)) + 0.3 * y.reshape(-1, *[1] * len(sizes))).astype(np.float32), y
+
+
+def _adopt(truth: Oracle, near: Oracle) -> None:
+    """Give the state of the truth, rounded to float32, to both."""
+    for block, other, own, follower in zip(truth.blocks, near.blocks, truth.optimizers, near.optimizers, strict=True):
+        kept = [t for state in own.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        with torch.no_grad():
+            for tensor in (*block.state_dict().values(), *kept):
+                tensor.copy_(tensor.to(torch.float32) if tensor.is_floating_point() else tensor)
+        other.load_state_dict(block.state_dict())
+        follower.load_state_dict(own.state_dict())
+
+
+def _worst(found: Arrays, expected: Arrays) -> float:
+    """Largest ||a - b|| / ||b|| of a tensor; one smaller than TINY counts as of that size."""
+    norm = np.linalg.norm
+    return max(float(norm(found[n] - b) / max(norm(b), TINY * b.size**0.5)) for n, b in expected.items())
+
+
+def _errors(steps: Sequence[Found]) -> tuple[Errors, float]:
+    """The largest of all steps."""
+    loss, gradients, state, between = (max(column) for column in zip(*steps, strict=True))
+    return Errors(loss, gradients, state), between
+
+
+def line(row: Row) -> str:
+    """A row as text."""
+
+    def text(name: str, errors: Errors) -> str:
+        return f"{name} {errors.loss:.0e} {errors.gradients:.0e} {errors.state:.0e}"
+
+    parts = [text("eager", row.eager), text("portable", row.portable), text("ort-training", row.artifacts)]
+    times = f"{1000 * row.portable_s:.0f} ms, {1000 * row.artifacts_s:.0f} ms ({row.artifacts_s / row.portable_s:.2f})"
+    return f"{row.network:12} {row.optimizer:6} {'  '.join(parts)}  apart {row.apart:.1e}  {times}"
+
+
+if __name__ == "__main__":
+    main()

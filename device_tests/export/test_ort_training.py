@@ -1,0 +1,160 @@
+"""`export --runtime ort-training|both`.
+
+The artifacts are made where ONNX Runtime's training build is installed beside PyTorch (`make artifacts`); elsewhere
+it is the refusal that is tested.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+
+from edgelocal.bundle import open_bundle, verify
+from edgelocal.errors import ExportError, UsageError
+from edgelocal.export_options import ExportOptions
+from edgelocal.exporters.pack import export_bundle
+from edgelocal.exporters.request import make_request
+from edgelocal.session import has_training
+
+DOC = Path(__file__).parents[2] / "docs/ort-training.md"
+TRAINS = has_training() and importlib.util.find_spec("onnxruntime.training") is not None
+training_build = pytest.mark.skipif(not TRAINS, reason="no training build of ONNX Runtime beside PyTorch")
+plain_build = pytest.mark.skipif(TRAINS, reason="a training build is installed")
+
+NETWORKS = """
+import torch
+from torch import nn
+
+class Most(nn.Module):
+    def forward(self, x):
+        return x.amax((2, 3))
+
+class Sums(nn.Module):
+    def forward(self, x):
+        return x.cumsum(1)
+
+def first():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+
+def most():
+    return nn.Sequential(first(), nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()), nn.Sequential(Most(), nn.Linear(8, 10)))
+
+def sums():
+    last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    return nn.Sequential(first(), nn.Sequential(nn.Conv2d(8, 8, 3), Sums()), last)
+"""
+
+
+def exported(tmp_path: Path, network: str = "mlp", **changes: Any) -> Path:
+    given = {"blocks": "1", "rule": "bp", "input_shape": "16", "pad": 0, "flip": False, "runtime": "both"}
+    request = make_request(network, ExportOptions(**{**given, **changes}))  # type: ignore[arg-type]
+    export_bundle(request, tmp_path / "b", lambda text: None)
+    return tmp_path / "b"
+
+
+@plain_build
+def test_without_the_training_build_nothing_is_written_and_the_message_says_what_to_install(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"edgelocal\[export,ort-training\].*--runtime portable"):
+        exported(tmp_path)
+    assert not (tmp_path / "b").exists()
+
+
+@training_build
+@pytest.mark.parametrize(
+    ("network", "module", "aten", "operator"),
+    [("most", "2.0 (Most)", "aten.amax.default", "ReduceMax"), ("sums", "1.1 (Sums)", "aten.cumsum.default", "CumSum")],
+)
+def test_an_operator_without_a_gradient_is_named_with_its_module(
+    tmp_path: Path, network: str, module: str, aten: str, operator: str
+) -> None:
+    (tmp_path / "net.py").write_text(NETWORKS)
+    words = f"module {module} uses {aten}: .*no gradient for its operator {operator}; export with --runtime portable"
+    with pytest.raises(ExportError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        exported(tmp_path, f"{tmp_path / 'net.py'}:{network}", input_shape="3x8x8")
+    assert not (tmp_path / "b").exists()
+
+
+@training_build
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_models_are_readable_by_the_last_training_build(tmp_path: Path, optimizer: str) -> None:
+    bundle = exported(tmp_path, "resnet8", optimizer=optimizer, input_shape="3x16x16", label_smoothing=0.1)
+    verify(open_bundle(bundle))
+    folder = bundle / "blocks/00/ort_training"
+    for name in ("training", "eval", "optimizer"):
+        model = onnx.load(folder / f"{name}_model.onnx")
+        assert model.ir_version == 8
+        assert {o.domain for o in model.opset_import} <= {"", "com.microsoft"}
+        assert next(o.version for o in model.opset_import if not o.domain) == 18
+    kinds = [node.op_type for node in onnx.load(folder / "optimizer_model.onnx").graph.node]
+    assert kinds == ["AdamWOptimizer" if optimizer == "adamw" else "SGDOptimizerV2"]
+    weights = onnx.load(folder / "eval_model.onnx").graph.input[2:]
+    assert {value.type.tensor_type.elem_type for value in weights} == {TensorProto.FLOAT}
+
+
+@training_build
+def test_a_bundle_for_the_artifacts_alone_has_no_step_graphs(tmp_path: Path) -> None:
+    bundle = open_bundle(exported(tmp_path, runtime="ort-training"))
+    assert bundle.manifest.runtimes == ("ort-training",)
+    verify(bundle)
+    assert {Path(name).name for name in bundle.manifest.files}.isdisjoint({"step.onnx", "gradient.onnx"})
+
+
+@training_build
+def test_the_example_of_the_documentation_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    assert code is not None
+    assert len(code[1].splitlines()) <= 30
+    bundle = exported(tmp_path, "resnet8", optimizer="adamw", input_shape="3x32x32", rule="auglocal", blocks="2")
+    bundle.rename(tmp_path / "bundle")
+    rng = np.random.default_rng(0)
+    y = np.arange(96) % 10
+    x = rng.normal(size=(96, 3, 32, 32)) + y.reshape(-1, 1, 1, 1) / 3
+    np.savez(tmp_path / "data.npz", x=x.astype(np.float32), y=y)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(compile(code[1], str(DOC), "exec"), found)
+    losses = found["losses"]
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+
+
+@training_build
+def test_evaluation_is_inference_and_running_statistics_are_pytorchs(tmp_path: Path) -> None:
+    from onnxruntime.training.api import CheckpointState, Module
+
+    from edgelocal.exporters.optimizers import sgd
+    from edgelocal.exporters.oracle import Oracle
+    from edgelocal.exporters.rules import build_blocks
+    from edgelocal.exporters.units import load_network
+
+    folder = exported(tmp_path, "resnet8", input_shape="3x16x16", optimizer="adamw") / "blocks/00/ort_training"
+    state = CheckpointState.load_checkpoint(str(folder / "checkpoint"))
+    module = Module(str(folder / "training_model.onnx"), state, str(folder / "eval_model.onnx"))
+    manifest = open_bundle(tmp_path / "b").manifest
+    network = load_network("resnet8", (3, 16, 16), 10, manifest.seed)
+    block = build_blocks(network, manifest.rule, (range(len(network.units)),), manifest.seed)[0]
+    oracle = Oracle([block], manifest.task, sgd().reference, torch.float32)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 3, 16, 16)).astype(np.float32), np.arange(8) % 10
+    module.train()
+    module(x, y)
+    trained = oracle.blocks[0].train()
+    trained(torch.from_numpy(x))
+    names = trained.tensor_names()
+    for key, buffer in trained.named_buffers():
+        value = np.asarray(state.parameters[f"buf/{names[key]}"].data).reshape(buffer.shape)
+        np.testing.assert_allclose(value, buffer.numpy(), rtol=1e-5, atol=1e-6, err_msg=key)
+    module.eval()
+    loss, h, _ = module(x, y)
+    with torch.no_grad():
+        logits = trained.eval()(torch.from_numpy(x))[1]
+    np.testing.assert_allclose(h, logits.numpy(), rtol=1e-4, atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y)).item()
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
