@@ -6,7 +6,6 @@ Versions come from the metadata of installed distributions: nothing is imported,
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,6 +13,7 @@ from typing import Any
 
 from edgelocal.budget import format_size
 from edgelocal.device import DeviceInfo
+from edgelocal.packages import JETSON, ORIN, PYPI, THOR, accelerator, package, python_of, release
 
 # All bring the module `onnxruntime`, so only one may be installed. Special ones first: somebody chose them, while the
 # plain one may have come along with another package.
@@ -29,29 +29,19 @@ RUNTIMES = (
 )
 PACKAGES = ("edgelocal", "numpy", "click", "rich", "pillow", "torch", "onnx", "safetensors", *RUNTIMES)
 
+# Those among RUNTIMES that can do what another cannot: the training build's operators; the NVIDIA GPU.
+TRAINING_BUILDS = ("onnxruntime-training", "onnxruntime-training-cpu")
+GPU_BUILDS = ("onnxruntime-training", "onnxruntime-gpu")
+
 OLDEST_RUNTIME = (1, 17)
 FIRST_RUNTIME_FOR_NUMPY_2 = (1, 19)
 LITTLE_MEMORY_BYTES = 256 << 20
 
-_INSTALL = "pip install onnxruntime"
-# (machine, accelerator) -> what to add to the command.
-_ADVICE = {
-    ("x86_64", ""): "",
-    ("x86_64", "cuda"): (
-        "to train on the NVIDIA GPU, pip install onnxruntime-gpu instead: one runtime only, and its CUDA "
-        "version must match the driver's"
-    ),
-    ("x86_64", "jetson"): "",
-    ("aarch64", ""): "",
-    ("aarch64", "cuda"): (
-        "this trains on the CPU; for the NVIDIA GPU ask its vendor for an onnxruntime-gpu wheel for aarch64"
-    ),
-    ("aarch64", "jetson"): (
-        "this trains on the CPU; wheels for the Jetson's GPU come with or for its JetPack version: ask NVIDIA's pages "
-        "for that version, and install that wheel instead, never beside it"
-    ),
-}
-_UNKNOWN = "there may be no ready wheel for {machine}: if pip finds none, build ONNX Runtime from source"
+_UNKNOWN = (
+    'pip install "onnxruntime>=1.17" (there may be no ready wheel for {machine} with {system} and Python {python}: '
+    "if pip finds none, build ONNX Runtime from source)"
+)
+_CPU_ONLY = "this trains on the CPU: edgelocal does not train on a GPU yet"
 
 
 @dataclass(frozen=True)
@@ -64,12 +54,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report:
-    """Machine, versions by distribution name, the runtimes among them, what to install here, and what is wrong."""
+    """Machine, versions by distribution name, the runtimes among them, what to install here, and what is wrong.
+
+    `training_build` is whether the one runtime that is installed can `train --runtime ort-training`; `training` says
+    so, or what to type for it, or that there is none for this machine and Python.
+    """
 
     device: DeviceInfo
     packages: dict[str, str]
     runtimes: dict[str, str]
     advice: str
+    training_build: bool
+    training: str
     problems: tuple[Problem, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,15 +79,57 @@ class Report:
 def examine(info: DeviceInfo, packages: Mapping[str, str]) -> Report:
     """Pure: machine and installed versions -> Report."""
     runtimes = {name: packages[name] for name in RUNTIMES if name in packages}
-    problems = (*_runtime_problems(info, runtimes), *_numpy_problems(packages, runtimes), *_memory_problems(info))
-    return Report(info, dict(packages), runtimes, advice(info), problems)
+    kept = {_kept_runtime(info, runtimes): runtimes[_kept_runtime(info, runtimes)]} if runtimes else {}
+    problems = (
+        *_number_problems(info, runtimes),
+        *_age_problems(info, kept),
+        *_numpy_problems(info, packages.get("numpy", "0"), kept),
+        *_memory_problems(info),
+    )
+    build = len(runtimes) == 1 and next(iter(runtimes)) in TRAINING_BUILDS
+    return Report(info, dict(packages), runtimes, advice(info), build, _training(info, runtimes), problems)
 
 
 def advice(info: DeviceInfo) -> str:
     """The command that installs a runtime on this machine, with what else to know."""
-    accelerator = "jetson" if info.jetson else "cuda" if info.cuda else ""
-    more = _ADVICE.get((info.machine, accelerator), _UNKNOWN.format(machine=info.machine))
-    return f"{_INSTALL} ({more})" if more else _INSTALL
+    row = package(info, "portable")
+    if row is None:
+        return _unknown(info)
+    more = [row.remark] if row.remark else []
+    if accelerator(info):
+        more += [_CPU_ONLY, _gpu_advice(info)]
+    return f"{row.command} ({'; '.join(more)})" if more else row.command
+
+
+def _unknown(info: DeviceInfo) -> str:
+    return _UNKNOWN.format(machine=info.machine, system=info.system, python="{}.{}".format(*python_of(info)))
+
+
+def _gpu_advice(info: DeviceInfo) -> str:
+    """What other programs need for the GPU. One environment holds one runtime: it takes the place of the CPU's."""
+    row = package(info, "gpu")
+    if row is None:
+        return "no onnxruntime-gpu wheel is known for this GPU and Python {}.{}".format(*python_of(info))
+    source = "" if row.source == PYPI else f", the file from {row.source}"
+    return f"for other programs on the GPU, in an environment of its own: {row.command}{source} ({row.remark})"
+
+
+def _training(info: DeviceInfo, runtimes: Mapping[str, str]) -> str:
+    """Whether `--runtime ort-training` can be used, or what to type for it."""
+    builds = [name for name in TRAINING_BUILDS if name in runtimes]
+    if builds and len(runtimes) == 1:
+        return f"{builds[0]} {runtimes[builds[0]]} is a training build: --runtime ort-training can be used"
+    row = package(info, "ort-training")
+    if builds:
+        return "a training build is installed, but beside another runtime: mend that first"
+    if row is None:
+        python = "{}.{}".format(*python_of(info))
+        return (
+            f"none for {info.machine} with {info.system} and Python {python}: ONNX Runtime's training build was made "
+            "for x86-64 and Python up to 3.12; --runtime portable does not need it"
+        )
+    remove = f"pip uninstall -y {' '.join(runtimes)} && " if runtimes else ""
+    return f"for --runtime ort-training: {remove}{row.command} ({row.remark}; it also does --runtime portable)"
 
 
 def installed_packages(names: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -110,32 +148,57 @@ def installed_runtimes() -> dict[str, str]:
     return installed_packages(RUNTIMES)
 
 
-def _runtime_problems(info: DeviceInfo, runtimes: Mapping[str, str]) -> Iterator[Problem]:
+def _number_problems(info: DeviceInfo, runtimes: Mapping[str, str]) -> Iterator[Problem]:
     if not runtimes:
         yield Problem("no ONNX Runtime is installed; training and evaluation need one", advice(info))
     if len(runtimes) > 1:
-        kept = _kept_runtime(info, runtimes)
-        yield Problem(
-            f"{len(runtimes)} ONNX Runtimes share one module name: {_listed(runtimes)}; which one runs is chance",
-            f"pip uninstall -y {' '.join(runtimes)} && pip install {kept}=={runtimes[kept]}",
-        )
+        found = f"{len(runtimes)} ONNX Runtimes share one module name: {_listed(runtimes)}; which one runs is chance"
+        yield Problem(found, _keep_one(info, runtimes))
+
+
+def _age_problems(info: DeviceInfo, runtimes: Mapping[str, str]) -> Iterator[Problem]:
     for name, version in runtimes.items():
-        if _release(version) < OLDEST_RUNTIME:
-            yield Problem(f"{name} {version} is older than 1.17", f'pip install --upgrade "{name}>=1.17"')
+        if release(version) < OLDEST_RUNTIME:
+            yield Problem(f"{name} {version} is older than 1.17", _newer(info, name, version, "1.17"))
+
+
+def _keep_one(info: DeviceInfo, runtimes: Mapping[str, str]) -> str:
+    """They overwrote each other's files: all go, and the one that can do most here comes anew."""
+    kept = _kept_runtime(info, runtimes)
+    version = runtimes[kept]
+    remove = f"pip uninstall -y {' '.join(runtimes)}"
+    if not _on_pypi(info, kept, version):
+        return f"{remove}, then install the wheel of {kept} {version} again from where it came: PyPI does not have it"
+    return f"{remove} && pip install {kept}=={version}"
 
 
 def _kept_runtime(info: DeviceInfo, runtimes: Mapping[str, str]) -> str:
-    usable = [name for name in RUNTIMES if name in runtimes and (info.cuda or name != "onnxruntime-gpu")]
-    return usable[0]
+    """The first of RUNTIMES; one that is too old, or is for a GPU that is not here, only where there is no other."""
+
+    def drawbacks(name: str) -> tuple[bool, bool]:
+        return release(runtimes[name]) < OLDEST_RUNTIME, name in GPU_BUILDS and not accelerator(info)
+
+    return min((name for name in RUNTIMES if name in runtimes), key=drawbacks)
 
 
-def _numpy_problems(packages: Mapping[str, str], runtimes: Mapping[str, str]) -> Iterator[Problem]:
-    numpy = packages.get("numpy", "0")
+def _on_pypi(info: DeviceInfo, name: str, version: str) -> bool:
+    """Whether pip finds this build by its version; builds of others have local versions, or the same as PyPI's."""
+    foreign = "+" in version or name == "ort-nightly"
+    return not foreign and not (name in GPU_BUILDS and accelerator(info) in (ORIN, THOR, JETSON))
+
+
+def _newer(info: DeviceInfo, name: str, version: str, oldest: str) -> str:
+    if not _on_pypi(info, name, version):
+        return f"install a wheel of {name} {oldest} or later from where this one came"
+    return f'pip install --upgrade "{name}>={oldest}"'
+
+
+def _numpy_problems(info: DeviceInfo, numpy: str, runtimes: Mapping[str, str]) -> Iterator[Problem]:
     for name, version in runtimes.items():
-        if _release(numpy) >= (2, 0) and _release(version) < FIRST_RUNTIME_FOR_NUMPY_2:
+        if release(numpy) >= (2, 0) and release(version) < FIRST_RUNTIME_FOR_NUMPY_2:
             yield Problem(
                 f"{name} {version} was built for numpy 1 and fails with numpy {numpy}",
-                f'pip install --upgrade "{name}>=1.19", or pip install "numpy<2"',
+                f'{_newer(info, name, version, "1.19")}, or pip install "numpy<2"',
             )
 
 
@@ -149,9 +212,3 @@ def _memory_problems(info: DeviceInfo) -> Iterator[Problem]:
 
 def _listed(runtimes: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in runtimes.items())
-
-
-def _release(version: str) -> tuple[int, int]:
-    """Major and minor number; (0, 0) for a version that does not begin with them."""
-    match = re.match(r"([0-9]{1,9})\.([0-9]{1,9})", version)
-    return (int(match[1]), int(match[2])) if match else (0, 0)

@@ -21,6 +21,7 @@ from edgelocal.errors import BudgetError, InterruptedRunError, RuntimeMissingErr
 from edgelocal.formats.base import Dataset
 from edgelocal.formats.images import warm_up
 from edgelocal.job import Job, TrainRequest
+from edgelocal.packages import package
 from edgelocal.peaks import Workload
 from edgelocal.plan import Plan, has_model, idle_range, make_plan
 from edgelocal.progress import Display
@@ -128,10 +129,11 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
     """
     start()
     if request.config.runtime == ORT_TRAINING and not has_training():
+        row = package(describe(), "ort-training")
+        there = f"{row.command} in an environment of its own" if row else "there is none for this machine and Python"
         raise RuntimeMissingError(
-            "the artifacts need ONNX Runtime's training build, and this is another one: pip install "
-            "onnxruntime-training-cpu in an environment of its own (x86-64, Python up to 3.12), or train with "
-            "--runtime portable"
+            "the artifacts need ONNX Runtime's training build, and the one installed here is another: "
+            f"{there}; or train with --runtime portable"
         )
     bundle = open_bundle(request.bundle)
     manifest = bundle.manifest

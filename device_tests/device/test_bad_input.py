@@ -236,7 +236,7 @@ def test_a_missing_runtime_says_what_to_type(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "edgelocal", *map(str, train(tmp_path))]
     done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
-    assert "pip install onnxruntime" in done.stderr
+    assert 'pip install "onnxruntime' in done.stderr
     assert "Traceback" not in done.stderr
 
 
