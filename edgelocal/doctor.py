@@ -13,7 +13,7 @@ from typing import Any
 
 from edgelocal.budget import format_size
 from edgelocal.device import DeviceInfo
-from edgelocal.packages import JETSON, ORIN, PYPI, THOR, accelerator, package, python_of, release
+from edgelocal.packages import JETSON, ORIN, PYPI, THOR, accelerator, oldest_runtime, package, python_of, release
 
 # All bring the module `onnxruntime`, so only one may be installed. Special ones first: somebody chose them, while the
 # plain one may have come along with another package.
@@ -33,7 +33,6 @@ PACKAGES = ("edgelocal", "numpy", "click", "rich", "pillow", "torch", "onnx", "s
 TRAINING_BUILDS = ("onnxruntime-training", "onnxruntime-training-cpu")
 GPU_BUILDS = ("onnxruntime-training", "onnxruntime-gpu")
 
-OLDEST_RUNTIME = (1, 17)
 FIRST_RUNTIME_FOR_NUMPY_2 = (1, 19)
 LITTLE_MEMORY_BYTES = 256 << 20
 
@@ -158,8 +157,10 @@ def _number_problems(info: DeviceInfo, runtimes: Mapping[str, str]) -> Iterator[
 
 def _age_problems(info: DeviceInfo, runtimes: Mapping[str, str]) -> Iterator[Problem]:
     for name, version in runtimes.items():
-        if release(version) < OLDEST_RUNTIME:
-            yield Problem(f"{name} {version} is older than 1.17", _newer(info, name, version, "1.17"))
+        oldest = oldest_runtime(info.machine)
+        if release(version) < oldest:
+            first = "{}.{}".format(*oldest)
+            yield Problem(f"{name} {version} is older than {first}", _newer(info, name, version, first))
 
 
 def _keep_one(info: DeviceInfo, runtimes: Mapping[str, str]) -> str:
@@ -176,7 +177,7 @@ def _kept_runtime(info: DeviceInfo, runtimes: Mapping[str, str]) -> str:
     """The first of RUNTIMES; one that is too old, or is for a GPU that is not here, only where there is no other."""
 
     def drawbacks(name: str) -> tuple[bool, bool]:
-        return release(runtimes[name]) < OLDEST_RUNTIME, name in GPU_BUILDS and not accelerator(info)
+        return release(runtimes[name]) < oldest_runtime(info.machine), name in GPU_BUILDS and not accelerator(info)
 
     return min((name for name in RUNTIMES if name in runtimes), key=drawbacks)
 

@@ -66,9 +66,9 @@ TABLE = (
     Package(X86_64, ANY, ((3, 10), (3, 10)), "onnxruntime", ">=1.17,<1.24", "portable"),
     Package(X86_64, ANY, ((3, 11), (3, 13)), "onnxruntime", ">=1.17", "portable"),
     Package(X86_64, ANY, ((3, 14), None), "onnxruntime", ">=1.17", "portable", _NOT_TESTED),
-    Package(AARCH64, ANY, ((3, 10), (3, 10)), "onnxruntime", ">=1.17,!=1.21.*,<1.24", "portable"),
-    Package(AARCH64, ANY, ((3, 11), (3, 13)), "onnxruntime", ">=1.17,!=1.21.*", "portable"),
-    Package(AARCH64, ANY, ((3, 14), None), "onnxruntime", ">=1.17,!=1.21.*", "portable", _NOT_TESTED),
+    Package(AARCH64, ANY, ((3, 10), (3, 10)), "onnxruntime", ">=1.20,!=1.21.*,<1.24", "portable"),
+    Package(AARCH64, ANY, ((3, 11), (3, 13)), "onnxruntime", ">=1.20,!=1.21.*", "portable"),
+    Package(AARCH64, ANY, ((3, 14), None), "onnxruntime", ">=1.20,!=1.21.*", "portable", _NOT_TESTED),
     Package(X86_64, ANY, ((3, 8), (3, 12)), "onnxruntime-training-cpu", "==1.19.2", "ort-training", "the last release"),
     Package(X86_64, (CUDA,), ((3, 10), (3, 10)), "onnxruntime-gpu[cuda,cudnn]", ">=1.23.2,<1.24", "gpu", "CUDA 12"),
     Package(
@@ -110,6 +110,12 @@ TABLE = (
         JETSON_INDEX,
     ),
 )
+
+
+def oldest_runtime(machine: str) -> Python:
+    """The first release of ONNX Runtime that trains there. On aarch64 those before 1.20 register no arena that graphs
+    could share (issue 21191 of ONNX Runtime; seen under emulation, docs/aarch64.md)."""
+    return (1, 20) if machine == AARCH64 else (1, 17)
 
 
 def package(info: DeviceInfo, use: Use) -> Package | None:

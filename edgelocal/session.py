@@ -28,12 +28,12 @@ from edgelocal.device import describe
 from edgelocal.doctor import advice
 from edgelocal.errors import BundleError, EdgelocalError, OverBudgetError, RuntimeMissingError
 from edgelocal.onnx_scan import scan
+from edgelocal.packages import oldest_runtime, release
 from edgelocal.protobuf import BYTES, VARINT, render
 from edgelocal.spec import BATCH, GraphSpec, TensorSpec
 from edgelocal.tensors import Array
 
 GRAPH_LEVEL = "none"
-OLDEST_RUNTIME = (1, 17)
 OOM_ADVICE = "; use a smaller --batch or more blocks"  # ends the message where memory ran out
 TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
 
@@ -61,7 +61,7 @@ def runtime() -> ModuleType:
     """The onnxruntime module.
 
     Raises:
-        RuntimeMissingError: none is installed, or one older than 1.17; the message says what to type here.
+        RuntimeMissingError: none is installed, or one that is too old for this machine; the message says what to type.
         OverBudgetError: no memory to import it.
     """
     try:
@@ -73,10 +73,21 @@ def runtime() -> ModuleType:
             raise OverBudgetError(f"no memory to import ONNX Runtime ({error}){OOM_ADVICE}") from None
         raise RuntimeMissingError(f"no ONNX Runtime can be imported ({error}): {advice(describe())}") from None
     version: str = onnxruntime.__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_RUNTIME:
-        raise RuntimeMissingError(f"ONNX Runtime {version} is too old, 1.17 or later is needed: {advice(describe())}")
+    oldest = oldest_runtime(platform.machine())
+    if release(version) < oldest:
+        first = "{}.{}".format(*oldest)
+        raise RuntimeMissingError(
+            f"ONNX Runtime {version} is too old, {first} or later is needed: {advice(describe())}"
+        )
+    _keep_to_itself(onnxruntime)
     module: ModuleType = onnxruntime
     return module
+
+
+@cache
+def _keep_to_itself(module: ModuleType) -> None:
+    """No data leaves the device: builds of the runtime that would report events are told not to."""
+    module.disable_telemetry_events()
 
 
 def has_training() -> bool:

@@ -15,7 +15,6 @@ import pytest
 
 from edgelocal.device import DeviceInfo, describe
 from edgelocal.doctor import (
-    OLDEST_RUNTIME,
     RUNTIMES,
     TRAINING_BUILDS,
     Report,
@@ -24,7 +23,7 @@ from edgelocal.doctor import (
     installed_packages,
     installed_runtimes,
 )
-from edgelocal.packages import TABLE, Package, accelerator, package
+from edgelocal.packages import TABLE, Package, accelerator, oldest_runtime, package
 
 MIB = 1 << 20
 MEMINFO = "MemTotal:  4000 kB\nMemFree:  100 kB\nMemAvailable:  3000 kB\nHugePages_Total:  0\n"
@@ -214,10 +213,10 @@ RANGE = {
     ("x86_64", "3.11"): 'pip install "onnxruntime>=1.17"',
     ("x86_64", "3.12"): 'pip install "onnxruntime>=1.17"',
     ("x86_64", "3.13"): 'pip install "onnxruntime>=1.17"',
-    ("aarch64", "3.10"): 'pip install "onnxruntime>=1.17,!=1.21.*,<1.24"',
-    ("aarch64", "3.11"): 'pip install "onnxruntime>=1.17,!=1.21.*"',
-    ("aarch64", "3.12"): 'pip install "onnxruntime>=1.17,!=1.21.*"',
-    ("aarch64", "3.13"): 'pip install "onnxruntime>=1.17,!=1.21.*"',
+    ("aarch64", "3.10"): 'pip install "onnxruntime>=1.20,!=1.21.*,<1.24"',
+    ("aarch64", "3.11"): 'pip install "onnxruntime>=1.20,!=1.21.*"',
+    ("aarch64", "3.12"): 'pip install "onnxruntime>=1.20,!=1.21.*"',
+    ("aarch64", "3.13"): 'pip install "onnxruntime>=1.20,!=1.21.*"',
 }
 ORIN, THOR = "NVIDIA Jetson AGX Orin Developer Kit", "NVIDIA Jetson AGX Thor Developer Kit"
 XAVIER, PI = "NVIDIA Jetson Xavier NX Developer Kit", "Raspberry Pi 5 Model B Rev 1.0"
@@ -426,7 +425,7 @@ def test_a_build_that_pip_cannot_find_is_not_asked_of_pip() -> None:
     assert "install the wheel of onnxruntime-training 1.19.2+cu118 again from where it came" in found(local)
     orin = examine(machine("aarch64", "orin", "3.10"), {"numpy": "2.0.0", "onnxruntime-gpu": "1.16.3"})
     assert "--upgrade" not in found(orin)
-    assert "older than 1.17 -> install a wheel of onnxruntime-gpu 1.17 or later from where this one came" in found(orin)
+    assert "older than 1.20 -> install a wheel of onnxruntime-gpu 1.20 or later from where this one came" in found(orin)
     assert '1.19 or later from where this one came, or pip install "numpy<2"' in found(orin)
 
 
@@ -440,10 +439,9 @@ def test_age_and_numpy_are_those_of_the_runtime_that_is_kept() -> None:
 def test_no_row_names_a_runtime_that_is_unknown_or_too_old() -> None:
     for row in TABLE:
         assert row.name.split("[")[0] in RUNTIMES
-        assert (
-            row.source != "PyPI"
-            or tuple(map(int, row.versions.lstrip(">=").split(",")[0].split(".")[:2])) >= OLDEST_RUNTIME
-        )
+        assert row.source != "PyPI" or tuple(
+            map(int, row.versions.lstrip(">=").split(",")[0].split(".")[:2])
+        ) >= oldest_runtime(row.machine)
 
 
 def test_installed_versions_are_those_of_the_metadata() -> None:
@@ -455,3 +453,12 @@ def test_installed_versions_are_those_of_the_metadata() -> None:
 def test_the_doctor_imports_nothing_it_examines() -> None:
     code = "import sys, edgelocal.doctor as d; d.installed_packages(); print({'onnxruntime', 'torch'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("machine", "first"), [("x86_64", "1.17"), ("aarch64", "1.20")])
+def test_what_is_too_old_depends_on_the_machine(machine: str, first: str) -> None:
+    major, minor = (int(part) for part in first.split("."))
+    for version, old in ((f"{major}.{minor - 1}.9", True), (f"{first}.0", False)):
+        info = dataclasses.replace(INFO, machine=machine)
+        found = [problem.found for problem in examine(info, {"onnxruntime": version, "numpy": "1.26.4"}).problems]
+        assert (f"onnxruntime {version} is older than {first}" in found) == old

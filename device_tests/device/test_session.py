@@ -209,3 +209,19 @@ def test_memory_that_is_not_there_is_a_budget_error_and_the_process_goes_on() ->
     assert "out of memory" in message
     assert "use a smaller --batch or more blocks" in message
     assert works == "True"
+
+
+SILENT = """
+import onnxruntime
+told = []
+onnxruntime.disable_telemetry_events = lambda: told.append("off")
+from edgelocal.session import runtime
+runtime()
+runtime()
+print(told)
+"""
+
+
+def test_the_runtime_is_told_once_to_report_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", SILENT], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    assert done.stdout.strip() == "['off']"
