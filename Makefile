@@ -11,7 +11,7 @@ SUITE := -m pytest $(PARALLEL) device_tests/device -p no:cacheprovider -m "not s
 BROWSER := $(strip $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name))))
 CAN_INSTALL := $(and $(filter 0,$(shell id -u)),$(shell command -v apt-get))
 
-.PHONY: demo test setup lint device-suites browser slow memory clean
+.PHONY: demo test setup lint device-suites browser slow memory matrix aarch64 clean artifacts
 
 demo: $(VENV)/ready
 	rm -rf out/demo
@@ -46,6 +46,20 @@ memory: $(VENV)/ready
 	mkdir -p out/memory
 	$(BIN)/python benchmarks/memory_promises.py out/memory --json out/memory/result.json
 
+# The device suite and trainings on every pair of Python and ONNX Runtime; needs python3.10 to python3.13 on PATH.
+matrix: $(VENV)/ready
+	$(BIN)/nox
+
+# The same 20 steps on x86-64 and under an emulated 64-bit Arm userland; docs/aarch64.md says what it needs.
+aarch64:
+	PYTHON=$(PYTHON) benchmarks/aarch64.sh out/aarch64
+
+# What makes artifacts for ONNX Runtime's training build, with PyTorch beside it: its tests, then both runtimes side by
+# side on five networks (docs/decisions/0013). Not part of `test`: half an hour.
+artifacts: .venv-artifacts/ready
+	.venv-artifacts/bin/python -m pytest $(PARALLEL) device_tests/export/test_ort_training.py device_tests/device/test_ort_training.py
+	.venv-artifacts/bin/python benchmarks/runtimes.py
+
 $(VENV)/ready: pyproject.toml constraints/newest.txt
 	@echo "Installing into $(VENV) (PyTorch and all: some 1.4 GB, minutes)"
 	$(PYTHON) -m venv $(VENV)
@@ -62,5 +76,10 @@ $(VENV)/ready: pyproject.toml constraints/newest.txt
 	.venv-training/bin/python $(PIP) --constraint constraints/training.txt --editable ".[image,test]" onnxruntime-training-cpu
 	touch $@
 
+.venv-artifacts/ready: pyproject.toml constraints/training.txt
+	$(PYTHON) -m venv .venv-artifacts
+	.venv-artifacts/bin/python $(PIP) --constraint constraints/training.txt --editable ".[export,ort-training,test]" torch==2.13.0
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-training out build dist
+	rm -rf .venv .venv-oldest .venv-training .venv-artifacts out build dist

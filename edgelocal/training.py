@@ -130,10 +130,12 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
     start()
     if request.config.runtime == ORT_TRAINING and not has_training():
         row = package(describe(), "ort-training")
-        there = f"{row.command} in an environment of its own" if row else "there is none for this machine and Python"
+        there = (
+            f"{row.command} in an environment of its own, or" if row else "none is made for this machine and Python;"
+        )
         raise RuntimeMissingError(
             "the artifacts need ONNX Runtime's training build, and the one installed here is another: "
-            f"{there}; or train with --runtime portable"
+            f"{there} train with --runtime portable"
         )
     bundle = open_bundle(request.bundle)
     manifest = bundle.manifest

@@ -15,8 +15,10 @@ import pytest
 from device_tests.device.golden_steps import EXPECTED, LR, batches
 from device_tests.device.runs import ARTIFACTS, RESIDUAL, answer, copy_bundle, edit_manifest, last_state, write_data
 from edgelocal.bundle import open_bundle, verify
+from edgelocal.device import describe
 from edgelocal.errors import BundleError
 from edgelocal.onnx_scan import TRAINING_DOMAIN, scan
+from edgelocal.packages import package
 from edgelocal.run import load_blocks
 from edgelocal.session import Tensor, has_training, runtime
 from edgelocal.tensors import Array
@@ -81,7 +83,8 @@ def test_a_plain_runtime_is_told_from_a_training_build(tmp_path: Path) -> None:
     given = ("train", ARTIFACTS, "--data", data, "--out", tmp_path / "run", *TRAIN, "--runtime", "ort-training")
     refused = answer(*given, code=2)
     assert refused["kind"] == "RuntimeMissingError"
-    assert "onnxruntime-training-cpu" in refused["error"]
+    assert "training build" in refused["error"]
+    assert ("onnxruntime-training-cpu" in refused["error"]) == (package(describe(), "ort-training") is not None)
     assert not (tmp_path / "run").exists()
 
 
