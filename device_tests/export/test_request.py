@@ -43,7 +43,7 @@ def test_every_option_of_the_command_line_reaches_the_request() -> None:
     line = "--blocks 3 --rule linear --aux-depth 4 --aux-depth-min 2 --tau 0.25 --tail all --input 1x8x8 --classes 2"
     line += " --class-names a,b --normalize 0.5/0.25 --loss bce --label-smoothing 0.125 --optimizer adamw"
     line += " --weight-decay 0.5 --pad 1 --pad-mode zero --no-flip --batch 7 --epochs 3 --lr 0.5"
-    line += " --lr-schedule step --weights w.pt --partial-weights --seed 9"
+    line += " --lr-schedule step --weights w.pt --partial-weights --seed 9 --runtime both"
     options = ExportOptions(**typed(*line.split()))
     found = make_request("resnet8", options)
     assert (found.network, found.blocks) == ("resnet8", 3)
@@ -54,6 +54,7 @@ def test_every_option_of_the_command_line_reaches_the_request() -> None:
     assert found.augment == AugmentSpec(1, "zero", False)
     assert found.defaults == DefaultsSpec(7, 3, 0.5, "step")
     assert (found.weights, found.partial_weights, found.seed) == (Path("w.pt"), True, 9)
+    assert found.runtime == "both"
     plain = ExportOptions(**typed("--momentum", "0.5", "--no-nesterov", "--memory-budget", "1MiB"))
     assert make_request("resnet8", plain).optimizer.hyper["momentum"] == 0.5
     assert make_request("resnet8", plain).optimizer.name == "sgd"
