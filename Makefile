@@ -57,7 +57,7 @@ aarch64:
 # What makes artifacts for ONNX Runtime's training build, with PyTorch beside it: its tests, then both runtimes side by
 # side on five networks (docs/decisions/0013). Not part of `test`: half an hour.
 artifacts: .venv-artifacts/ready
-	.venv-artifacts/bin/python -m pytest $(PARALLEL) device_tests/export/test_ort_training.py device_tests/device/test_ort_training.py
+	.venv-artifacts/bin/python -m pytest $(PARALLEL) device_tests/export/test_artifacts.py device_tests/device/test_ort_training.py
 	.venv-artifacts/bin/python benchmarks/runtimes.py
 
 $(VENV)/ready: pyproject.toml constraints/newest.txt
