@@ -149,15 +149,18 @@ class _Record:
     def add(self, found: Step, expected: Step, free: Sequence[float]) -> None:
         if found.state.keys() != expected.state.keys():
             raise ValueError(f"different tensors: {sorted(found.state.keys() ^ expected.state.keys())}")
-        norm = np.linalg.norm
-        pairs = ((found.state[n], b) for n, b in expected.state.items())
-        tensors = [float(norm(a - b) / max(norm(b), TINY * b.size**0.5)) for a, b in pairs]
         losses, own = (relative(values, expected.losses) for values in (found.losses, free))
-        self.rows.append((losses, apart(found.slots, expected.slots), max(tensors), own))
+        self.rows.append((losses, apart(found.slots, expected.slots), worst(found.state, expected.state), own))
 
     def errors(self) -> Errors:
         losses, gradients, tensors, own = (list(column) for column in zip(*self.rows, strict=True))
         return Errors(max(losses), float(np.median(gradients)), max(gradients), max(tensors), max(own))
+
+
+def worst(found: Arrays, expected: Arrays) -> float:
+    """Largest ||a - b|| / ||b|| of a tensor; one smaller than TINY counts as of that size."""
+    norm = np.linalg.norm
+    return max(float(norm(found[n] - b) / max(norm(b), TINY * b.size**0.5)) for n, b in expected.items())
 
 
 def relative(found: Sequence[float], expected: Sequence[float]) -> float:
@@ -168,6 +171,16 @@ def relative(found: Sequence[float], expected: Sequence[float]) -> float:
 
 def share(truth: Oracle, single: Oracle, graphs: Graphs) -> None:
     """Round the state of the truth to float32, so that all can hold it, and give it to the others."""
+    adopt(truth, single)
+    values = {**eager_state(truth), **eager_slots(truth, graphs.optimizer)}
+    steps = max((float(s["step"]) for o in truth.optimizers for s in o.state.values() if "step" in s), default=0.0)
+    for state in graphs.state:
+        state.update({name: values[name].astype(np.float32) for name in state if name in values})
+        state.update({name: np.asarray(steps, np.float32) for name in state if name == "opt/step"})
+
+
+def adopt(truth: Oracle, single: Oracle) -> None:
+    """Round the state of the truth to float32, and give it to the other one."""
     for block, other, optimizer, follower in zip(
         truth.blocks, single.blocks, truth.optimizers, single.optimizers, strict=True
     ):
@@ -177,11 +190,6 @@ def share(truth: Oracle, single: Oracle, graphs: Graphs) -> None:
                 tensor.copy_(tensor.to(torch.float32) if tensor.is_floating_point() else tensor)
         other.load_state_dict(block.state_dict())
         follower.load_state_dict(optimizer.state_dict())
-    values = {**eager_state(truth), **eager_slots(truth, graphs.optimizer)}
-    steps = max((float(s["step"]) for o in truth.optimizers for s in o.state.values() if "step" in s), default=0.0)
-    for state in graphs.state:
-        state.update({name: values[name].astype(np.float32) for name in state if name in values})
-        state.update({name: np.asarray(steps, np.float32) for name in state if name == "opt/step"})
 
 
 def eager_slots(oracle: Oracle, optimizer: Optimizer) -> Arrays:

@@ -26,7 +26,19 @@ from statistics import median
 
 import numpy as np
 import torch
-from parity_training import TASK, TINY, Array, Arrays, Sample, apart, eager_slots, eager_state, eager_step, relative
+from parity_training import (
+    TASK,
+    Array,
+    Arrays,
+    Sample,
+    adopt,
+    apart,
+    eager_slots,
+    eager_state,
+    eager_step,
+    relative,
+    worst,
+)
 
 from edgelocal.bundle import Bundle, open_bundle
 from edgelocal.export_options import ExportOptions
@@ -174,7 +186,7 @@ def _steps(
     lr = ADAMW_RATE if optimizer.name == "adamw" else SGD_RATE
     for number, (x, y) in enumerate(_data(shape, steps, batch)):
         values = {**eager_state(truth), **eager_slots(truth, optimizer)}
-        _adopt(truth, near)
+        adopt(truth, near)
         for runner in runners:
             runner.take(values, float(number))
         expected = eager_step(truth, x, y, lr)
@@ -184,7 +196,7 @@ def _steps(
         moved = [eager_slots(near, optimizer), *(runner.state(("opt",)) for runner in runners)]
         portable = states[1]
         yield [
-            (relative(found, expected), apart(own, slots), _worst(there, state), _worst(there, portable))
+            (relative(found, expected), apart(own, slots), worst(there, state), worst(there, portable))
             for found, own, there in zip(losses, moved, states, strict=True)
         ]
 
@@ -195,23 +207,6 @@ def _data(shape: str, steps: int, batch: int) -> Iterator[Sample]:
     for _ in range(steps):
         y = rng.integers(0, 10, batch)
         yield (rng.normal(size=(batch, *sizes)) + 0.3 * y.reshape(-1, *[1] * len(sizes))).astype(np.float32), y
-
-
-def _adopt(truth: Oracle, near: Oracle) -> None:
-    """Give the state of the truth, rounded to float32, to both."""
-    for block, other, own, follower in zip(truth.blocks, near.blocks, truth.optimizers, near.optimizers, strict=True):
-        kept = [t for state in own.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        with torch.no_grad():
-            for tensor in (*block.state_dict().values(), *kept):
-                tensor.copy_(tensor.to(torch.float32) if tensor.is_floating_point() else tensor)
-        other.load_state_dict(block.state_dict())
-        follower.load_state_dict(own.state_dict())
-
-
-def _worst(found: Arrays, expected: Arrays) -> float:
-    """Largest ||a - b|| / ||b|| of a tensor; one smaller than TINY counts as of that size."""
-    norm = np.linalg.norm
-    return max(float(norm(found[n] - b) / max(norm(b), TINY * b.size**0.5)) for n, b in expected.items())
 
 
 def _errors(steps: Sequence[Found]) -> tuple[Errors, float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from edgelocal.augment import uniform
+from edgelocal.block import Block
+from edgelocal.session import Tensor
 from edgelocal.tensors import Array
 
 EXPECTED = Path(__file__).parent / "golden" / "expected.json"
@@ -23,3 +25,17 @@ def batches() -> Iterator[tuple[Array, Array]]:
         for image, c in zip(x[:, 0], y, strict=True):
             image[4 * (c // 2) : 4 * (c // 2) + 4, 4 * (c % 2) : 4 * (c % 2) + 4] += 1
         yield x, y
+
+
+def losses(blocks: Sequence[Block]) -> Array:
+    """Train `blocks` on all batches; the losses of every block (columns) in every step (rows)."""
+    hyper = {"lr": LR, **blocks[0].bundle.manifest.optimizer.hyper}
+    found = []
+    for number, (x, y) in enumerate(batches()):
+        h, row = Tensor.of(x), []
+        for block in blocks:
+            result = block.step(h, Tensor.of(y), hyper, 0, number)
+            h = result.h
+            row.append(result.loss)
+        found.append(row)
+    return np.asarray(found)

@@ -68,10 +68,8 @@ def best_checkpointing(setting: Setting, say: Say, measure: MeasureSegments = me
         raise UsageError(f"{setting.network} has {units} unit, so there are no segments to checkpoint; leave it out")
     short = replace(setting, steps=min(SEARCH_STEPS, setting.steps))
 
-    count, tuned = (
-        len(candidates) + min(FINALISTS, len(candidates)) * (SEARCH_ROUNDS - 1),
-        ", allocator tuned" * setting.tuned,
-    )
+    count = len(candidates) + min(FINALISTS, len(candidates)) * (SEARCH_ROUNDS - 1)
+    tuned = ", allocator tuned" if setting.tuned else ""
     tries = itertools.count(1)
 
     def again(segments: int) -> Measurement:
