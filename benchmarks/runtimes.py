@@ -4,11 +4,13 @@
 
 In an environment with PyTorch and ONNX Runtime's training build. Every network is exported once, in blocks with
 auxiliaries, for both runtimes. Eager PyTorch in float64 trains; before every step its state is given to eager float32,
-to the step graphs (portable) and to the artifacts (ort-training), which take the same step. A line a network and
-optimizer: for each of the three the largest relative error, over all steps, of a block's loss, of the gradients (as the
-optimizer's slots), and of a tensor of the state, running statistics included; the largest relative difference of a
-tensor between the two runtimes; and the time of a step on both, medians of interleaved steps. Exit code 1 if a runtime
-is further from float64 than eager float32 allows (`worse`).
+to the step graphs (portable) and to the artifacts (ort-training), which take the same step. Three more of them start
+with it and are left alone. A line a network and optimizer: for each of the three the largest relative error, over all
+steps, of a block's loss, of the gradients (as the optimizer's slots), of a tensor of the state, running statistics
+included, and of a loss where it was left alone; the largest relative difference between the two runtimes of a tensor
+and of a loss left alone; and the time of a step on both, medians of interleaved steps. Exit code 1 if a runtime is
+further from float64 than eager float32 allows (`worse`). Trainings left alone are not judged: a value of a ReLU that
+rounding moves over zero, in any of them at any step, sets them apart.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -57,6 +60,9 @@ SGD_RATE, ADAMW_RATE = 0.05, 1e-3
 SLACK = 10.0  # how much further than eager float32 a runtime may be from float64
 FLOOR = 1e-5  # and what is always near enough
 
+Found = tuple[float, float, float, float]  # as the fields of Errors
+Programs: TypeAlias = "tuple[Eager, Runner, Runner]"
+
 
 @dataclass(frozen=True)
 class Errors:
@@ -65,11 +71,13 @@ class Errors:
     loss: float
     gradients: float
     state: float
+    free_loss: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """A network with an optimizer. `apart` is the largest relative difference of a tensor between the runtimes."""
+    """A network with an optimizer. `apart`, `free_apart`: the largest relative difference between the runtimes, of a
+    tensor after a step from one state, and of a loss of trainings left alone."""
 
     network: str
     optimizer: str
@@ -78,13 +86,14 @@ class Row:
     portable: Errors
     artifacts: Errors
     apart: float
+    free_apart: float
     portable_s: float
     artifacts_s: float
 
     @property
     def worse(self) -> bool:
         """Whether a runtime is further from float64 than it may be."""
-        limits = {kind: max(FLOOR, SLACK * near) for kind, near in asdict(self.eager).items()}
+        limits = {kind: max(FLOOR, SLACK * getattr(self.eager, kind)) for kind in ("loss", "gradients", "state")}
         return any(getattr(p, kind) > limit for kind, limit in limits.items() for p in (self.portable, self.artifacts))
 
 
@@ -107,8 +116,9 @@ class Runner:
         self.times.append(time.perf_counter() - started)
         return found
 
-    def take(self, values: Arrays, steps: float) -> None:
-        """Be in this state, with so many updates done."""
+    def take(self, truth: Eager, steps: int) -> None:
+        """Be in its state, with so many updates done."""
+        values = {**truth.state(), **truth.slots()}
         for block in self.blocks:
             for name, array in block.state().items():
                 if name in values:
@@ -116,10 +126,46 @@ class Runner:
                 elif name == "opt/step":
                     array[...] = steps
 
-    def state(self, kinds: Sequence[str]) -> Arrays:
-        """The floating tensors of these kinds, float64."""
+    def state(self) -> Arrays:
+        """Parameters and floating buffers, float64."""
+        return self._named("param", "buf")
+
+    def slots(self) -> Arrays:
+        """What the optimizer keeps."""
+        return self._named("opt")
+
+    def _named(self, *kinds: str) -> Arrays:
         found = {name: a for block in self.blocks for name, a in block.state().items()}
         return {n: a.astype(np.float64) for n, a in found.items() if n.split("/")[0] in kinds and a.dtype == np.float32}
+
+
+class Eager:
+    """The same blocks in eager PyTorch, built as the exporter built them."""
+
+    def __init__(self, bundle: Bundle, optimizer: Optimizer, dtype: torch.dtype) -> None:
+        manifest = bundle.manifest
+        network = load_network(manifest.network, manifest.input.shape, 10, manifest.seed, torch.float32)
+        ends = list(accumulate(len(block.units) for block in manifest.blocks))
+        cut = tuple(range(start, end) for start, end in pairwise([0, *ends]))
+        blocks = build_blocks(network, manifest.rule, cut, manifest.seed, tuple(b.depth for b in manifest.blocks[:-1]))
+        self.oracle = Oracle(blocks, TASK, optimizer.reference, dtype)
+        self.optimizer = optimizer
+
+    def losses(self, x: Array, y: Array, lr: float) -> list[float]:
+        """One training step of all blocks."""
+        return eager_step(self.oracle, x, y, lr)
+
+    def take(self, truth: Eager, steps: int) -> None:
+        """Be in its state, from now on rounded to float32 there too."""
+        adopt(truth.oracle, self.oracle)
+
+    def state(self) -> Arrays:
+        """Parameters and floating buffers, float64."""
+        return eager_state(self.oracle)
+
+    def slots(self) -> Arrays:
+        """What the optimizer keeps."""
+        return eager_slots(self.oracle, self.optimizer)
 
 
 def main() -> None:
@@ -141,7 +187,10 @@ def main() -> None:
             print(line(rows[-1]), flush=True)
             if options.json is not None:
                 options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    print(f"largest relative difference between the runtimes: {max(row.apart for row in rows):.1e}")
+    tensor, loss = max(row.apart for row in rows), max(row.free_apart for row in rows)
+    print(
+        f"largest relative difference between the runtimes: {tensor:.1e} of a tensor, {loss:.1e} of a loss left alone"
+    )
     sys.exit(any(row.worse for row in rows))
 
 
@@ -156,49 +205,39 @@ def measure(network: str, optimizer: str, blocks: str, steps: int, batch: int) -
     with tempfile.TemporaryDirectory(prefix="edgelocal-runtimes-") as folder:
         export_bundle(request, Path(folder) / "bundle", lambda text: None)
         bundle = open_bundle(Path(folder) / "bundle")
-        runners = [Runner(bundle, request.optimizer, artifacts=artifacts) for artifacts in (False, True)]
-        oracles = [_oracle(bundle, request.optimizer, dtype) for dtype in (torch.float64, torch.float32)]
-        every = _steps(oracles, runners, request.optimizer, shape, steps, batch)
-        found = [_errors(column) for column in zip(*every, strict=True)]
-    (eager, _), (portable, _), (artifacts, between) = found
-    times = [median(runner.times[2:]) for runner in runners]
-    return Row(network, optimizer, len(bundle.manifest.blocks), eager, portable, artifacts, between, *times)
+        truth = Eager(bundle, request.optimizer, torch.float64)
+        led, free = (_programs(bundle, request.optimizer) for _ in range(2))
+        lr = ADAMW_RATE if optimizer == "adamw" else SGD_RATE
+        every = list(_steps(truth, led, free, lr, _data(shape, steps, batch)))
+    errors, between = zip(*every, strict=True)
+    eager, portable, artifacts = (Errors(*map(float, row)) for row in np.max(errors, axis=0))
+    times = [median(runner.times[2:]) for runner in led[1:]]
+    largest = np.max(between, axis=0).tolist()
+    return Row(network, optimizer, len(bundle.manifest.blocks), eager, portable, artifacts, *largest, *times)
 
 
-def _oracle(bundle: Bundle, optimizer: Optimizer, dtype: torch.dtype) -> Oracle:
-    """The blocks of the bundle in eager PyTorch, built as the exporter built them."""
-    manifest = bundle.manifest
-    network = load_network(manifest.network, manifest.input.shape, 10, manifest.seed, torch.float32)
-    ends = list(accumulate(len(block.units) for block in manifest.blocks))
-    cut = tuple(range(start, end) for start, end in pairwise([0, *ends]))
-    blocks = build_blocks(network, manifest.rule, cut, manifest.seed, tuple(b.depth for b in manifest.blocks[:-1]))
-    return Oracle(blocks, TASK, optimizer.reference, dtype)
-
-
-Found = tuple[float, float, float, float]  # errors of loss, gradients, state; difference from the program before
+def _programs(bundle: Bundle, optimizer: Optimizer) -> tuple[Eager, Runner, Runner]:
+    """Eager float32, the step graphs and the artifacts."""
+    runners = (Runner(bundle, optimizer, artifacts=artifacts) for artifacts in (False, True))
+    return Eager(bundle, optimizer, torch.float32), *runners
 
 
 def _steps(
-    oracles: Sequence[Oracle], runners: Sequence[Runner], optimizer: Optimizer, shape: str, steps: int, batch: int
-) -> Iterator[list[Found]]:
-    """Of every step the figures of eager float32, the step graphs and the artifacts."""
-    truth, near = oracles
-    lr = ADAMW_RATE if optimizer.name == "adamw" else SGD_RATE
-    for number, (x, y) in enumerate(_data(shape, steps, batch)):
-        values = {**eager_state(truth), **eager_slots(truth, optimizer)}
-        adopt(truth, near)
-        for runner in runners:
-            runner.take(values, float(number))
-        expected = eager_step(truth, x, y, lr)
-        state, slots = eager_state(truth), eager_slots(truth, optimizer)
-        losses = [eager_step(near, x, y, lr), *(runner.losses(x, y, lr) for runner in runners)]
-        states = [eager_state(near), *(runner.state(("param", "buf")) for runner in runners)]
-        moved = [eager_slots(near, optimizer), *(runner.state(("opt",)) for runner in runners)]
-        portable = states[1]
-        yield [
-            (relative(found, expected), apart(own, slots), worst(there, state), worst(there, portable))
-            for found, own, there in zip(losses, moved, states, strict=True)
+    truth: Eager, led: Programs, free: Programs, lr: float, data: Iterable[Sample]
+) -> Iterator[tuple[list[Found], tuple[float, float]]]:
+    """Of every step the errors of the programs, and how far the runtimes are apart."""
+    for number, (x, y) in enumerate(data):
+        for program in led if number else (*led, *free):
+            program.take(truth, number)
+        expected = truth.losses(x, y, lr)
+        losses, alone = ([program.losses(x, y, lr) for program in programs] for programs in (led, free))
+        state, slots = truth.state(), truth.slots()
+        states = [program.state() for program in led]
+        errors = [
+            (relative(loss, expected), apart(p.slots(), slots), worst(found, state), relative(own, expected))
+            for p, loss, found, own in zip(led, losses, states, alone, strict=True)
         ]
+        yield errors, (worst(states[2], states[1]), relative(alone[2], alone[1]))
 
 
 def _data(shape: str, steps: int, batch: int) -> Iterator[Sample]:
@@ -209,21 +248,15 @@ def _data(shape: str, steps: int, batch: int) -> Iterator[Sample]:
         yield (rng.normal(size=(batch, *sizes)) + 0.3 * y.reshape(-1, *[1] * len(sizes))).astype(np.float32), y
 
 
-def _errors(steps: Sequence[Found]) -> tuple[Errors, float]:
-    """The largest of all steps."""
-    loss, gradients, state, between = (max(column) for column in zip(*steps, strict=True))
-    return Errors(loss, gradients, state), between
-
-
 def line(row: Row) -> str:
     """A row as text."""
 
     def text(name: str, errors: Errors) -> str:
-        return f"{name} {errors.loss:.0e} {errors.gradients:.0e} {errors.state:.0e}"
+        return f"{name} {errors.loss:.0e} {errors.gradients:.0e} {errors.state:.0e} {errors.free_loss:.0e}"
 
     parts = [text("eager", row.eager), text("portable", row.portable), text("ort-training", row.artifacts)]
     times = f"{1000 * row.portable_s:.0f} ms, {1000 * row.artifacts_s:.0f} ms ({row.artifacts_s / row.portable_s:.2f})"
-    return f"{row.network:12} {row.optimizer:6} {'  '.join(parts)}  apart {row.apart:.1e}  {times}"
+    return f"{row.network:12} {row.optimizer:6} {'  '.join(parts)}  apart {row.apart:.1e} {row.free_apart:.1e}  {times}"
 
 
 if __name__ == "__main__":
