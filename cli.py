@@ -10,11 +10,11 @@ from typing import Any
 import click
 
 from edgelocal import __version__
-from edgelocal.answers import Commands, emit, json_option, say_to
-from edgelocal.console import error_console
+from edgelocal.commands.answers import Commands, emit, json_option, say_to
+from edgelocal.commands.console import error_console
+from edgelocal.commands.export_options import ExportOptions, export_options
 from edgelocal.errors import UsageError
-from edgelocal.export_options import ExportOptions, export_options
-from edgelocal.profiles import ASSUMED_SAMPLES
+from edgelocal.machine.profiles import ASSUMED_SAMPLES
 
 FOLDER = click.Path(path_type=Path)
 
@@ -42,7 +42,7 @@ def export(network: str, out: Path, as_json: bool, **options: Any) -> None:
 
     NETWORK is a zoo name (resnet32, vgg11, vit, ...), package.module:callable, or file.py:callable.
     """
-    from edgelocal.inspect import bundle_table, frontier_table
+    from edgelocal.commands.inspect import bundle_table, frontier_table
 
     _need_export_extra()
     from edgelocal.exporters.pack import export_bundle
@@ -58,8 +58,8 @@ def export(network: str, out: Path, as_json: bool, **options: Any) -> None:
 @json_option
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what is in BUNDLE."""
-    from edgelocal.bundle import open_bundle
-    from edgelocal.inspect import bundle_table, describe_bundle, frontier_table
+    from edgelocal.bundle.folder import open_bundle
+    from edgelocal.commands.inspect import bundle_table, describe_bundle, frontier_table
 
     info = describe_bundle(open_bundle(bundle).manifest)
     emit(info, as_json, bundle_table(info), *frontier_table(info))
@@ -70,7 +70,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @json_option
 def verify(bundle: Path, as_json: bool) -> None:
     """Check every byte of BUNDLE against its manifest."""
-    from edgelocal.bundle import open_bundle, verify
+    from edgelocal.bundle.folder import open_bundle, verify
 
     files = verify(open_bundle(bundle))
     emit(
@@ -97,8 +97,8 @@ def plan(as_json: bool, **options: Any) -> None:
 
     The device's own arithmetic, on this machine or for another; no data is needed and nothing is loaded.
     """
-    from edgelocal.plan_command import PlanRequest, plan_bundle
-    from edgelocal.plan_table import plan_lines, plan_table
+    from edgelocal.commands.plan import PlanRequest, plan_bundle
+    from edgelocal.commands.plan_table import plan_lines, plan_table
 
     result = plan_bundle(PlanRequest(**options))
     emit(result, as_json, plan_table(result), plan_lines(result))
@@ -165,10 +165,10 @@ def plan(as_json: bool, **options: Any) -> None:
 @json_option
 def train(as_json: bool, **options: Any) -> None:
     """Train BUNDLE block by block into a run folder. The same command continues an interrupted run."""
-    from edgelocal.progress import Display
+    from edgelocal.commands.progress import Display
+    from edgelocal.commands.signals import stop_signals
+    from edgelocal.commands.train import make_request, train
     from edgelocal.report.terminal import closing_lines, report_table
-    from edgelocal.signals import stop_signals
-    from edgelocal.training import make_request, train
 
     with stop_signals() as stop:
         report = train(make_request(**options), Display(error_console()), stop)
@@ -184,7 +184,7 @@ def train(as_json: bool, **options: Any) -> None:
 @json_option
 def evaluate(run: Path, as_json: bool, **options: Any) -> None:
     """Measure the network of RUN, at its end and at the exit of every block."""
-    from edgelocal.commands import evaluate_run, exits_table
+    from edgelocal.commands.evaluate import evaluate_run, exits_table
 
     result = evaluate_run(run, **options)
     emit(result, as_json, exits_table(result), *(f"note: {note}" for note in result["notes"]))
@@ -198,7 +198,7 @@ def evaluate(run: Path, as_json: bool, **options: Any) -> None:
 @json_option
 def finish(run: Path, out: Path, exit_block: int | None, bundle: Path | None, as_json: bool) -> None:
     """Write model.onnx (inference, any runtime) and weights.safetensors (PyTorch) of RUN."""
-    from edgelocal.commands import finish_run, finish_text
+    from edgelocal.commands.finish import finish_run, finish_text
 
     result = finish_run(run, out, exit_block, bundle)
     emit(result, as_json, finish_text(result), *(f"note: {note}" for note in result["notes"]))
@@ -226,7 +226,7 @@ def report(run: Path, html: Path | None, as_json: bool) -> None:
 @json_option
 def doctor(as_json: bool) -> None:
     """Say what this machine and this installation are, and what to mend."""
-    from edgelocal.commands import doctor_report, doctor_table
+    from edgelocal.commands.doctor import doctor_report, doctor_table
 
     result = doctor_report()
     emit(result, as_json, doctor_table(result))

@@ -188,7 +188,7 @@ def losses_of(run: Path) -> dict[str, Any]:
 
 def weights_of(run: Path) -> dict[str, Any]:
     """The tensors of the model of a run."""
-    from edgelocal.tensors import decode
+    from edgelocal.storage.tensors import decode
 
     return decode((run / "model/weights.safetensors").read_bytes())[0]
 

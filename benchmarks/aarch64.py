@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from device_tests.device.golden_steps import EXPECTED, LR, STEPS, batches
-from edgelocal.block import Block
-from edgelocal.bundle import open_bundle
-from edgelocal.graphs import GraphPool
-from edgelocal.session import Tensor, start
-from edgelocal.tensors import Array, decode
+from edgelocal.bundle.folder import open_bundle
+from edgelocal.runtime.arena import start
+from edgelocal.runtime.block import Block
+from edgelocal.runtime.graphs import GraphPool
+from edgelocal.runtime.session import Tensor
+from edgelocal.storage.tensors import Array, decode
 
 BOUND = 1e-4  # of a relative difference; a loss's and a tensor's
 THREADS = 2

@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from edgelocal.augment import permutation
-from edgelocal.budget import format_size
-from edgelocal.data import open_dataset
-from edgelocal.device import describe
-from edgelocal.spec import InputSpec, TaskSpec
-from edgelocal.store import staging
+from edgelocal.bundle.spec import InputSpec, TaskSpec
+from edgelocal.data.augment import permutation
+from edgelocal.data.pipeline import open_dataset
+from edgelocal.machine.budget import format_size
+from edgelocal.machine.device import describe
+from edgelocal.storage.whole import staging
 
 IMAGES = 10_000
 STEPS = 8
@@ -168,7 +168,7 @@ def torch_steps(options: argparse.Namespace) -> dict[str, float]:
 TORCH_STEPS = """
 import json, time
 import numpy as np, torch
-from edgelocal.budget import peak_rss_bytes
+from edgelocal.machine.budget import peak_rss_bytes
 from edgelocal.exporters.units import load_network
 torch.set_num_threads({threads})
 module = load_network({network!r}, (3, 32, 32), 10, 0).module.train()

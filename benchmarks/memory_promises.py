@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from edgelocal.bundle import open_bundle
-from edgelocal.device import describe
-from edgelocal.needs import PipelineBytes
-from edgelocal.peaks import Workload
-from edgelocal.plan import idle_range, make_thresholds
-from edgelocal.spec import Manifest
+from edgelocal.bundle.folder import open_bundle
+from edgelocal.bundle.spec import Manifest
+from edgelocal.machine.device import describe
+from edgelocal.memory.needs import PipelineBytes
+from edgelocal.memory.peaks import Workload
+from edgelocal.memory.plan import idle_range, make_thresholds
 
 MIB = 1 << 20
 BATCH = 64
@@ -44,12 +44,12 @@ OTHER_DATA_BYTES = 4 * MIB  # the interpreter's own growth in address space: mal
 PROBE = """
 import json, re, sys
 from pathlib import Path
-import edgelocal.cli, edgelocal.progress, edgelocal.report.terminal
-from edgelocal.budget import rss_bytes
-from edgelocal.bundle import open_bundle, verify
-from edgelocal.data import pipeline_bytes
-from edgelocal.session import give_back, start
-from edgelocal.training import open_data
+import edgelocal.cli, edgelocal.commands.progress, edgelocal.report.terminal
+from edgelocal.machine.budget import rss_bytes
+from edgelocal.bundle.folder import open_bundle, verify
+from edgelocal.data.pipeline import pipeline_bytes
+from edgelocal.runtime.arena import give_back, start
+from edgelocal.commands.train import open_data
 start()
 bundle = open_bundle(Path(sys.argv[1]))
 verify(bundle)

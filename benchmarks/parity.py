@@ -31,12 +31,12 @@ import onnxruntime
 import torch
 from parity_training import TASK, Errors, Graphs, Sample, compare
 
+from edgelocal.bundle.spec import RuleSpec
 from edgelocal.exporters import zoo
 from edgelocal.exporters.optimizers import Optimizer, adamw, sgd
 from edgelocal.exporters.partition import partition
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.units import load_network
-from edgelocal.spec import RuleSpec
 
 PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
 SHAPE, BATCH = (3, 32, 32), 8

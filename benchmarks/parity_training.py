@@ -14,11 +14,11 @@ import numpy as np
 import onnxruntime
 import torch
 
+from edgelocal.bundle.spec import TaskSpec
 from edgelocal.exporters.onnx_step import ExportedGraph, step_graph
 from edgelocal.exporters.optimizers import Optimizer
 from edgelocal.exporters.oracle import Oracle
 from edgelocal.exporters.rules import LocalBlock
-from edgelocal.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]

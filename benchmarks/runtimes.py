@@ -43,16 +43,17 @@ from parity_training import (
     worst,
 )
 
-from edgelocal.bundle import Bundle, open_bundle
-from edgelocal.export_options import ExportOptions
+from edgelocal.bundle.folder import Bundle, open_bundle
+from edgelocal.commands.export_options import ExportOptions
 from edgelocal.exporters.optimizers import Optimizer
 from edgelocal.exporters.oracle import Oracle
 from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.request import make_request
 from edgelocal.exporters.rules import build_blocks
 from edgelocal.exporters.units import load_network
-from edgelocal.run import load_blocks
-from edgelocal.session import Tensor, runtime
+from edgelocal.runtime.library import runtime
+from edgelocal.runtime.session import Tensor
+from edgelocal.training.run import load_blocks
 
 NETWORKS = ("resnet32", "vgg13", "mobilenetv2", "vit", "mlp")
 INPUTS = {"mlp": "784"}  # others 3x32x32

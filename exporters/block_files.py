@@ -11,16 +11,8 @@ import numpy as np
 import onnx
 import torch
 
-from edgelocal.config import ORT_TRAINING, PORTABLE
-from edgelocal.errors import ExportError
-from edgelocal.exporters.memory.optimise import Lean, optimise
-from edgelocal.exporters.onnx_accumulate import apply_graph, gradient_graph
-from edgelocal.exporters.onnx_inference import forward_graph, head_graph
-from edgelocal.exporters.onnx_step import ExportedGraph, step_graph
-from edgelocal.exporters.request import ExportRequest
-from edgelocal.exporters.rules import LocalBlock
-from edgelocal.memory_spec import MemorySpec
-from edgelocal.spec import (
+from edgelocal.bundle.memory_spec import MemorySpec
+from edgelocal.bundle.spec import (
     AccumulationSpec,
     BlockMemorySpec,
     BlockSpec,
@@ -30,8 +22,16 @@ from edgelocal.spec import (
     OrtTrainingSpec,
     TensorSpec,
 )
-from edgelocal.store import atomic_write
-from edgelocal.tensors import Array, TensorFormatError, encode
+from edgelocal.errors import ExportError
+from edgelocal.exporters.memory.optimise import Lean, optimise
+from edgelocal.exporters.onnx_accumulate import apply_graph, gradient_graph
+from edgelocal.exporters.onnx_inference import forward_graph, head_graph
+from edgelocal.exporters.onnx_step import ExportedGraph, step_graph
+from edgelocal.exporters.request import ExportRequest
+from edgelocal.exporters.rules import LocalBlock
+from edgelocal.storage.tensors import Array, TensorFormatError, encode
+from edgelocal.storage.whole import atomic_write
+from edgelocal.training.config import ORT_TRAINING, PORTABLE
 
 
 class Writer:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from edgelocal.budget import format_size, parse_size
+from edgelocal.commands.export_options import ExportOptions
 from edgelocal.errors import UsageError
-from edgelocal.export_options import ExportOptions
 from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.request import ExportRequest, make_request
-from edgelocal.store import staging
+from edgelocal.machine.budget import format_size, parse_size
+from edgelocal.storage.whole import staging
 
 Say = Callable[[str], None]
 TEST_SHARE = 0.2

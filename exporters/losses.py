@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgelocal.bundle.spec import LOSSES, TaskSpec
 from edgelocal.errors import UsageError
-from edgelocal.spec import LOSSES, TaskSpec
 
 
 def loss(logits: Tensor, y: Tensor, task: TaskSpec) -> Tensor:

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from edgelocal.bundle.spec import MacsSpec
 from edgelocal.exporters.guest import network_errors
 from edgelocal.exporters.rules import LocalBlock
 from edgelocal.exporters.structure import structure
-from edgelocal.spec import MacsSpec
 
 _PROBE_BATCH = 2  # batch norm over a map of one pixel refuses a batch of one
 _FLOPS_PER_MAC = 2

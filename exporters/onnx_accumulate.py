@@ -17,12 +17,12 @@ from collections.abc import Sequence
 
 import torch
 
+from edgelocal.bundle.spec import TaskSpec, TensorSpec
 from edgelocal.exporters.onnx_block import ExportedGraph, finish
 from edgelocal.exporters.onnx_graph import GraphBuilder
 from edgelocal.exporters.onnx_step import Updates, new_tensor, scalar_specs, training_graph
 from edgelocal.exporters.optimizers import Optimizer
 from edgelocal.exporters.rules import LocalBlock
-from edgelocal.spec import TaskSpec, TensorSpec
 
 
 def gradient_graph(block: LocalBlock, task: TaskSpec, input_shape: Sequence[int], dtype: torch.dtype) -> ExportedGraph:

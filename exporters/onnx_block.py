@@ -11,6 +11,7 @@ import onnx
 import torch
 from torch import fx, nn
 
+from edgelocal.bundle.spec import BATCH, MaskSpec, TensorSpec
 from edgelocal.errors import ExportError
 from edgelocal.exporters.blame import blame
 from edgelocal.exporters.lowering import UnsupportedOperatorError
@@ -18,7 +19,6 @@ from edgelocal.exporters.onnx_graph import GraphBuilder, expression, value_info
 from edgelocal.exporters.rules import LocalBlock
 from edgelocal.exporters.structure import structure
 from edgelocal.exporters.trace import Batch, Traced, TraceError, trace
-from edgelocal.spec import BATCH, MaskSpec, TensorSpec
 
 Shape = tuple[int | str, ...]
 Arguments = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape of a sample, and dtype, of every input

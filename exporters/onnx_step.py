@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from edgelocal.bundle.spec import TaskSpec, TensorSpec
 from edgelocal.exporters.lowering import lower
 from edgelocal.exporters.onnx_block import (
     ExportedGraph,
@@ -28,7 +29,6 @@ from edgelocal.exporters.optimizers import Optimizer
 from edgelocal.exporters.rules import LocalBlock
 from edgelocal.exporters.step import LocalStep
 from edgelocal.exporters.trace import Traced
-from edgelocal.spec import TaskSpec, TensorSpec
 
 __all__ = ["ExportedGraph", "GradientUse", "Updates", "metric_names", "step_graph", "target_spec", "training_graph"]
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from edgelocal.bundle.spec import OptimizerSpec
 from edgelocal.errors import ExportError
-from edgelocal.spec import OptimizerSpec
 
 MAX_FLOAT = 3.4e38  # float32 holds no larger number, rounded
 

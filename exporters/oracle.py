@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from edgelocal.bundle.spec import TaskSpec
 from edgelocal.exporters import losses
 from edgelocal.exporters.rules import LocalBlock
-from edgelocal.spec import TaskSpec
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -28,6 +28,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from edgelocal.bundle.spec import TaskSpec, TensorSpec
 from edgelocal.errors import ExportError, UsageError
 from edgelocal.exporters.blame import blame_operator
 from edgelocal.exporters.lowering import lower
@@ -45,8 +46,7 @@ from edgelocal.exporters.onnx_step import metric_names, target_spec
 from edgelocal.exporters.optimizers import Optimizer
 from edgelocal.exporters.rules import LocalBlock
 from edgelocal.exporters.step import LocalStep
-from edgelocal.spec import TaskSpec, TensorSpec
-from edgelocal.tensors import Array
+from edgelocal.storage.tensors import Array
 
 Signature: TypeAlias = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 

@@ -11,22 +11,10 @@ from typing import Any, Literal
 import torch
 
 from edgelocal import __version__
-from edgelocal.bundle import MANIFEST
-from edgelocal.errors import BundleError, EdgelocalError, ExportError, UsageError
-from edgelocal.exporters.block_files import Writer, write_block
-from edgelocal.exporters.comparison import beside_bp
-from edgelocal.exporters.fit import Fit, fit
-from edgelocal.exporters.guest import guest, network_errors
-from edgelocal.exporters.macs import Counter, block_macs
-from edgelocal.exporters.partition import partition
-from edgelocal.exporters.request import ExportRequest
-from edgelocal.exporters.rules import build_blocks, find
-from edgelocal.exporters.trial import partition_point
-from edgelocal.exporters.units import Network, check_composition, load_network
-from edgelocal.exporters.weights import load_weights
-from edgelocal.manifest import parse_manifest, render_manifest
-from edgelocal.onnx_wire import compose
-from edgelocal.spec import (
+from edgelocal.bundle.folder import MANIFEST
+from edgelocal.bundle.manifest import parse_manifest, render_manifest
+from edgelocal.bundle.onnx_wire import compose
+from edgelocal.bundle.spec import (
     BlockSpec,
     FrontierSpec,
     GraphSpec,
@@ -34,7 +22,19 @@ from edgelocal.spec import (
     RuleSpec,
     TensorSpec,
 )
-from edgelocal.store import atomic_write, staging
+from edgelocal.errors import BundleError, EdgelocalError, ExportError, UsageError
+from edgelocal.exporters.block_files import Writer, write_block
+from edgelocal.exporters.guest import guest, network_errors
+from edgelocal.exporters.macs import Counter, block_macs
+from edgelocal.exporters.partition import partition
+from edgelocal.exporters.request import ExportRequest
+from edgelocal.exporters.rules import build_blocks, find
+from edgelocal.exporters.search.comparison import beside_bp
+from edgelocal.exporters.search.fit import Fit, fit
+from edgelocal.exporters.search.trial import partition_point
+from edgelocal.exporters.units import Network, check_composition, load_network
+from edgelocal.exporters.weights import load_weights
+from edgelocal.storage.whole import atomic_write, staging
 
 Say = Callable[[str], None]
 
@@ -167,6 +167,6 @@ def _write_predict(writer: Writer, blocks: Sequence[BlockSpec]) -> GraphSpec:
 
 def summary(manifest: Manifest) -> dict[str, Any]:
     """What `export` and `inspect` print of a bundle."""
-    from edgelocal.inspect import describe_bundle
+    from edgelocal.commands.inspect import describe_bundle
 
     return describe_bundle(manifest)

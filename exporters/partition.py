@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from edgelocal.bundle.spec import RuleSpec
 from edgelocal.errors import UsageError
 from edgelocal.exporters.rules import Place, Rule, find
 from edgelocal.exporters.units import Network
-from edgelocal.spec import RuleSpec
 
 Blocks = int | Literal["per-unit", "auto"]
 Cut = tuple[range, ...]

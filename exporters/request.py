@@ -7,15 +7,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgelocal.budget import parse_size
-from edgelocal.config import PORTABLE
+from edgelocal.bundle.manifest import is_plain
+from edgelocal.bundle.spec import LOSSES, AugmentSpec, DefaultsSpec, InputSpec, RuleSpec, TaskSpec
+from edgelocal.commands.export_options import ExportOptions
 from edgelocal.errors import UsageError
-from edgelocal.export_options import ExportOptions
 from edgelocal.exporters.optimizers import MAX_FLOAT, Optimizer, make_optimizer
 from edgelocal.exporters.partition import Blocks
-from edgelocal.manifest import is_plain
-from edgelocal.schedule import trains_nothing
-from edgelocal.spec import LOSSES, AugmentSpec, DefaultsSpec, InputSpec, RuleSpec, TaskSpec
+from edgelocal.machine.budget import parse_size
+from edgelocal.training.config import PORTABLE
+from edgelocal.training.schedule import trains_nothing
 
 # Per-channel means and deviations of the data sets, on the scale 0..1.
 NORMALIZATIONS = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from edgelocal.bundle.spec import TaskSpec
 from edgelocal.exporters.losses import loss, metrics
 from edgelocal.exporters.rules import LocalBlock
-from edgelocal.spec import TaskSpec
 
 
 class LocalStep(nn.Module):

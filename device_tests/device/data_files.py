@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgelocal.spec import InputSpec, TaskSpec
+from edgelocal.bundle.spec import InputSpec, TaskSpec
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgelocal.augment import uniform
-from edgelocal.block import Block
-from edgelocal.session import Tensor
-from edgelocal.tensors import Array
+from edgelocal.data.augment import uniform
+from edgelocal.runtime.block import Block
+from edgelocal.runtime.session import Tensor
+from edgelocal.storage.tensors import Array
 
 EXPECTED = Path(__file__).parent / "golden" / "expected.json"
 STEPS, BATCH, LR = 20, 16, 0.02

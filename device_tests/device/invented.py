@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgelocal.memory_spec import AffineSpec, MemorySpec, PeakSpec
-from edgelocal.spec import (
+from edgelocal.bundle.memory_spec import AffineSpec, MemorySpec, PeakSpec
+from edgelocal.bundle.spec import (
     AccumulationSpec,
     AugmentSpec,
     BlockMemorySpec,

@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from edgelocal.block import Block
-from edgelocal.bundle import open_bundle
-from edgelocal.config import TrainConfig
-from edgelocal.data import open_dataset
-from edgelocal.manifest import seal
-from edgelocal.run import load_blocks
-from edgelocal.spec import TaskSpec
-from edgelocal.state import MAGIC, SEAL_BYTES, decode_state
-from edgelocal.tensors import Array, decode, encode
-from edgelocal.trainer import Trainer
+from edgelocal.bundle.folder import open_bundle
+from edgelocal.bundle.manifest import seal
+from edgelocal.bundle.spec import TaskSpec
+from edgelocal.data.pipeline import open_dataset
+from edgelocal.runtime.block import Block
+from edgelocal.storage.state import MAGIC, SEAL_BYTES, decode_state
+from edgelocal.storage.tensors import Array, decode, encode
+from edgelocal.training.config import TrainConfig
+from edgelocal.training.run import load_blocks
+from edgelocal.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
 RESIDUAL, DROPOUT, ARTIFACTS = (GOLDEN / name for name in ("residual", "dropout", "artifacts"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from device_tests.device.runs import config
-from edgelocal.run_info import RunInfo
+from edgelocal.training.run_info import RunInfo
 
 MIB = 1 << 20
 SHARES = {

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelocal.augment import (
+from edgelocal.bundle.spec import AugmentSpec
+from edgelocal.data.augment import (
     FLIP,
     MASK,
     ORDER,
@@ -23,7 +24,6 @@ from edgelocal.augment import (
     uniform,
 )
 from edgelocal.errors import UsageError
-from edgelocal.spec import AugmentSpec
 
 WORD = 2**64 - 1
 WORDS = st.integers(0, WORD)

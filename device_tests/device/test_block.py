@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from device_tests.device.runs import DROPOUT, RESIDUAL, assert_same_bits
-from edgelocal.augment import bernoulli_mask
-from edgelocal.block import Block
-from edgelocal.bundle import open_bundle
+from edgelocal.bundle.folder import open_bundle
+from edgelocal.data.augment import bernoulli_mask
 from edgelocal.errors import DivergedError
-from edgelocal.graphs import GraphPool
-from edgelocal.pages import PageFile
-from edgelocal.session import Tensor
-from edgelocal.tensors import Array
+from edgelocal.runtime.block import Block
+from edgelocal.runtime.graphs import GraphPool
+from edgelocal.runtime.pages import PageFile
+from edgelocal.runtime.session import Tensor
+from edgelocal.storage.tensors import Array
 
 HYPER = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 W, B, A, C = "0.weight", "0.bias", "aux/00/1.weight", "aux/00/1.bias"

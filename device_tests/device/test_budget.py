@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelocal.budget import (
+from edgelocal.errors import UsageError
+from edgelocal.machine.budget import (
     PeakMeter,
     format_size,
     parse_budget,
@@ -20,7 +21,6 @@ from edgelocal.budget import (
     rss_bytes,
     size_up,
 )
-from edgelocal.errors import UsageError
 
 MIB = 1 << 20
 

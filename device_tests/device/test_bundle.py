@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from device_tests.device.runs import DROPOUT, RESIDUAL, copy_bundle, put
-from edgelocal.bundle import open_bundle, verify
+from edgelocal.bundle.folder import open_bundle, verify
 from edgelocal.errors import BundleError
-from edgelocal.tensors import decode, encode
+from edgelocal.storage.tensors import decode, encode
 
 WEIGHTS = "blocks/00/weights.safetensors"
 

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from device_tests.device.runs import RESIDUAL
-from edgelocal.budget import PeakMeter
-from edgelocal.bundle import open_bundle
-from edgelocal.cache import OutputCache
-from edgelocal.data import batches
+from edgelocal.bundle.folder import open_bundle
+from edgelocal.data.formats.base import Indices
+from edgelocal.data.pipeline import batches
 from edgelocal.errors import StorageError, UsageError
-from edgelocal.formats.base import Indices
-from edgelocal.run import load_blocks
-from edgelocal.session import Tensor
+from edgelocal.machine.budget import PeakMeter
+from edgelocal.runtime.session import Tensor
+from edgelocal.training.cache import OutputCache
+from edgelocal.training.run import load_blocks
 
 MIB = 1 << 20
 RNG = np.random.default_rng(4)
@@ -185,7 +185,9 @@ def test_a_full_disk_is_an_error_before_any_block_runs(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_while_rows_are_written_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgelocal.cache.reserve", lambda descriptor, size: None)  # a file system that only promises
+    monkeypatch.setattr(
+        "edgelocal.training.cache.reserve", lambda descriptor, size: None
+    )  # a file system that only promises
     message = r"outputs-1: File too large \(writing the cache"
     with file_limit(VALUES.nbytes // 2), pytest.raises(StorageError, match=message):
         build(tmp_path)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from device_tests.device.runs import DROPOUT, answer, disturb, last_state, reseal, write_data
-from edgelocal.checkpoint import check_progress, read_progress
 from edgelocal.errors import CheckpointError
-from edgelocal.run import open_trained
-from edgelocal.run_info import read_run
-from edgelocal.state import TrainingState
-from edgelocal.store import CheckpointStore
-from edgelocal.tensors import Array
+from edgelocal.storage.state import TrainingState
+from edgelocal.storage.store import CheckpointStore
+from edgelocal.storage.tensors import Array
+from edgelocal.training.checkpoint import check_progress, read_progress
+from edgelocal.training.run import open_trained
+from edgelocal.training.run_info import read_run
 
 Progress = dict[str, Any]
 Edit = Callable[[Progress, dict[str, Array]], object]

@@ -13,10 +13,10 @@ import onnxruntime
 import pytest
 
 from device_tests.device.runs import RESIDUAL, answer, command, copy_bundle, last_state, write_data
+from edgelocal.bundle.manifest import parse_manifest
 from edgelocal.cli import main
-from edgelocal.data import open_dataset, prepare
-from edgelocal.manifest import parse_manifest
-from edgelocal.tensors import decode
+from edgelocal.data.pipeline import open_dataset, prepare
+from edgelocal.storage.tensors import decode
 
 
 @pytest.fixture(scope="module")

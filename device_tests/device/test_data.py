@@ -15,10 +15,10 @@ from data_files import COLOUR, COLOURS, FLAT, GREY, GREYS, IDS, RNG, Image, idx,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelocal.augment import augment
-from edgelocal.data import batches, has_split, holds_images, open_dataset, prepare
+from edgelocal.bundle.spec import AugmentSpec, InputSpec
+from edgelocal.data.augment import augment
+from edgelocal.data.pipeline import batches, has_split, holds_images, open_dataset, prepare
 from edgelocal.errors import DataError, UsageError
-from edgelocal.spec import AugmentSpec, InputSpec
 
 
 def check(path: Path, images: np.ndarray, ids: Any, spec: InputSpec, split: Any = "train", **kw: Any) -> None:

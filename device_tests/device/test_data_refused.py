@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from data_files import COLOUR, COLOURS, FLAT, GREY, GREYS, IDS, idx, png, save, task, tree, write, write_zip
 
-from edgelocal.data import has_split, open_dataset
+from edgelocal.data.formats.images import MAX_IMAGE_BYTES
+from edgelocal.data.pipeline import has_split, open_dataset
 from edgelocal.errors import DataError, UsageError
-from edgelocal.formats.images import MAX_IMAGE_BYTES
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edgelocal.disk import DISK, NotRegularError, is_there, open_regular, read_regular, storage_errors
 from edgelocal.errors import StorageError
+from edgelocal.storage.disk import DISK, NotRegularError, is_there, open_regular, read_regular, storage_errors
 
 ADVICE = {
     errno.ENOSPC: "make room or choose another folder",

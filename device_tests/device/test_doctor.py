@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from edgelocal.device import DeviceInfo, describe
-from edgelocal.doctor import (
+from edgelocal.machine.device import DeviceInfo, describe
+from edgelocal.machine.doctor import (
     RUNTIMES,
     TRAINING_BUILDS,
     Report,
@@ -23,7 +23,7 @@ from edgelocal.doctor import (
     installed_packages,
     installed_runtimes,
 )
-from edgelocal.packages import TABLE, Package, accelerator, oldest_runtime, package
+from edgelocal.machine.packages import TABLE, Package, accelerator, oldest_runtime, package
 
 MIB = 1 << 20
 MEMINFO = "MemTotal:  4000 kB\nMemFree:  100 kB\nMemAvailable:  3000 kB\nHugePages_Total:  0\n"
@@ -451,7 +451,10 @@ def test_installed_versions_are_those_of_the_metadata() -> None:
 
 
 def test_the_doctor_imports_nothing_it_examines() -> None:
-    code = "import sys, edgelocal.doctor as d; d.installed_packages(); print({'onnxruntime', 'torch'} & {*sys.modules})"
+    code = (
+        "import sys; from edgelocal.machine.doctor import installed_packages; installed_packages(); "
+        "print({'onnxruntime', 'torch'} & {*sys.modules})"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from device_tests.device.invented import Invented, manifest
 from device_tests.device.runs import RESIDUAL
-from edgelocal import graphs
-from edgelocal.bundle import open_bundle
-from edgelocal.graphs import GraphPool
-from edgelocal.needs import PipelineBytes, loaded_bytes
-from edgelocal.peaks import Workload
-from edgelocal.recency import Recency
-from edgelocal.spec import GraphSpec, Manifest
+from edgelocal.bundle.folder import open_bundle
+from edgelocal.bundle.spec import GraphSpec, Manifest
+from edgelocal.memory.needs import PipelineBytes, loaded_bytes
+from edgelocal.memory.peaks import Workload
+from edgelocal.memory.recency import Recency
+from edgelocal.runtime import graphs
+from edgelocal.runtime.graphs import GraphPool
 
 SIZES = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 100), min_size=1)
 

@@ -29,9 +29,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 DECODE = f"""
 import sys
-from edgelocal.budget import PeakMeter
-from edgelocal.formats import images
-from edgelocal.session import give_back, start
+from edgelocal.machine.budget import PeakMeter
+from edgelocal.data.formats import images
+from edgelocal.runtime.arena import give_back, start
 start()
 if sys.argv[2] == "warm":
     images.warm_up()

@@ -12,6 +12,9 @@ import edgelocal
 
 PACKAGE = Path(edgelocal.__file__).parent
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "exporters" not in p.relative_to(PACKAGE).parts)
+LAYERS = (  # from below
+    *("errors", "machine", "storage", "bundle", "memory", "data", "runtime", "training", "report", "commands", "cli"),
+)
 WORKSTATION = ("torch", "onnx", "onnxscript", "safetensors", "sklearn", "sympy")
 
 BLOCKED = f"""
@@ -42,9 +45,9 @@ print(time.process_time() - started)
 COST = """
 import json, time
 started = time.process_time()
-import edgelocal.cli, edgelocal.training, edgelocal.commands
+import edgelocal.cli, edgelocal.commands.train, edgelocal.commands.evaluate
 seconds = time.process_time() - started
-from edgelocal.budget import peak_rss_bytes  # not ru_maxrss: that counts what the parent held when it forked
+from edgelocal.machine.budget import peak_rss_bytes  # not ru_maxrss: that counts what the parent held when it forked
 print(json.dumps([seconds, peak_rss_bytes() / 2**20]))
 """
 
@@ -58,7 +61,12 @@ def python(code: str) -> str:
 
 def test_the_device_side_imports_without_torch_onnx_and_exporters() -> None:
     names = json.loads(python(BLOCKED))
-    assert {"edgelocal.cli", "edgelocal.trainer", "edgelocal.session", "edgelocal.formats.images"} <= set(names)
+    assert {
+        "edgelocal.cli",
+        "edgelocal.training.trainer",
+        "edgelocal.runtime.session",
+        "edgelocal.data.formats.images",
+    } <= set(names)
 
 
 def test_importing_takes_under_400_ms_and_60_mib() -> None:
@@ -88,9 +96,9 @@ def imported(path: Path) -> dict[str, bool]:
     return found
 
 
-def test_only_session_imports_the_runtime() -> None:
+def test_one_module_imports_the_runtime() -> None:
     users = {p.name for p in SOURCES for name in imported(p) if name.split(".")[0] == "onnxruntime"}
-    assert users == {"session.py"}
+    assert users == {"library.py"}
 
 
 def test_only_the_command_line_reaches_the_exporters_and_only_when_asked() -> None:
@@ -100,6 +108,21 @@ def test_only_the_command_line_reaches_the_exporters_and_only_when_asked() -> No
             if name.startswith("edgelocal.exporters"):
                 assert path.name == "cli.py"
                 assert not at_top
+
+
+def layer(parts: tuple[str, ...]) -> int:
+    return LAYERS.index(parts[1].removesuffix(".py"))
+
+
+def test_every_package_knows_only_those_below_it() -> None:
+    for path in SOURCES:
+        own = path.relative_to(PACKAGE.parent).parts
+        if own[1] in ("__init__.py", "__main__.py"):
+            continue
+        for name in imported(path):
+            parts = tuple(name.split("."))
+            if parts[0] == "edgelocal" and parts[1:] and parts[1] != "exporters":
+                assert layer(parts) <= layer(own), f"{path} imports {name}"
 
 
 def writes(path: Path) -> set[str]:
@@ -121,7 +144,7 @@ def writes(path: Path) -> set[str]:
 
 def test_only_the_store_writes_what_must_last() -> None:
     writers = {path.name: writes(path) for path in SOURCES if path.name != "disk.py" and writes(path)}
-    assert writes(PACKAGE / "disk.py") >= {"fsync"}
+    assert writes(PACKAGE / "storage/disk.py") >= {"fsync"}
     assert writers == {
         "cache.py": {"mkdir", "open"},  # its file need not outlive the process
         "pages.py": {"open"},  # nor its

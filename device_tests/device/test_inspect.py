@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from device_tests.device.invented import Invented, manifest
-from edgelocal.advice import advice_on
-from edgelocal.inspect import bundle_table, describe_bundle, frontier_table
-from edgelocal.spec import FileSpec, FrontierSpec, MacsSpec, Manifest
+from edgelocal.bundle.spec import FileSpec, FrontierSpec, MacsSpec, Manifest
+from edgelocal.commands.inspect import bundle_table, describe_bundle, frontier_table
+from edgelocal.memory.advice import advice_on
 
 MIB = 1 << 20
 GIGA = 10**9

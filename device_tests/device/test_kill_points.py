@@ -20,7 +20,7 @@ pytestmark = pytest.mark.kills
 DRIVER = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-import edgelocal.training, edgelocal.store as store
+import edgelocal.commands.train, edgelocal.storage.store as store
 from edgelocal.cli import main
 
 out, log, data, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[6:]

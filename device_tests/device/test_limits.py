@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from device_tests.device.runs import ENVIRONMENT, RESIDUAL, answer, command, copy_bundle, last_state, write_data
-from edgelocal.budget import format_size
+from edgelocal.machine.budget import format_size
 
 MIB = 1 << 20
 

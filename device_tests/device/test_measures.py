@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from device_tests.device.runs import RESIDUAL, Recorder, trainer, write_data
-from edgelocal import measures
-from edgelocal.measures import BlockMeasures, Timeline, is_measured, is_slowed, releases
-from edgelocal.plan import BlockPlan, Plan
+from edgelocal.memory.plan import BlockPlan, Plan
+from edgelocal.training import measures
+from edgelocal.training.measures import BlockMeasures, Timeline, is_measured, is_slowed, releases
 
 MIB = 1 << 20
 

@@ -21,12 +21,13 @@ COMMON = """
 import gc, hashlib, json, os, sys
 from pathlib import Path
 import numpy as np
-from edgelocal.block import Block
-from edgelocal.budget import PeakMeter, rss_bytes
-from edgelocal.bundle import open_bundle
+from edgelocal.runtime.block import Block
+from edgelocal.machine.budget import PeakMeter, rss_bytes
+from edgelocal.bundle.folder import open_bundle
 from edgelocal.errors import OverBudgetError
-from edgelocal.graphs import GraphPool
-from edgelocal.session import Tensor, give_back, reserve, start
+from edgelocal.runtime.graphs import GraphPool
+from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.arena import give_back, reserve, start
 
 MIB = 1 << 20
 HYPER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}

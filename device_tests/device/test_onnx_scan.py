@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from device_tests.device.runs import DROPOUT, RESIDUAL, answer, copy_bundle, put, slowness, write_data
-from edgelocal import session
-from edgelocal.bundle import open_bundle, verify
+from edgelocal.bundle.folder import open_bundle, verify
+from edgelocal.bundle.onnx_scan import scan
+from edgelocal.bundle.onnx_wire import bind, compose
+from edgelocal.bundle.protobuf import BYTES, FIXED32, VARINT, Field, render
+from edgelocal.bundle.spec import graphs_of
 from edgelocal.errors import BundleError
-from edgelocal.manifest import graphs_of
-from edgelocal.onnx_scan import scan
-from edgelocal.onnx_wire import bind, compose
-from edgelocal.protobuf import BYTES, FIXED32, VARINT, Field, render
+from edgelocal.runtime import session
 
 FILE = "blocks/00/forward.onnx"
 MODEL = (DROPOUT / FILE).read_bytes()

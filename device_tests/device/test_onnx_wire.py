@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_tests.device.runs import DROPOUT, RESIDUAL
-from edgelocal.bundle import Bundle, open_bundle
+from edgelocal.bundle.folder import Bundle, open_bundle
+from edgelocal.bundle.onnx_wire import bind, compose, fields, put_together, render, take_apart
 from edgelocal.errors import BundleError
-from edgelocal.onnx_wire import bind, compose, fields, put_together, render, take_apart
-from edgelocal.tensors import Array
+from edgelocal.storage.tensors import Array
 
 
 def run(model: bytes, feeds: dict[str, Array]) -> Array:

@@ -14,14 +14,15 @@ import pytest
 
 from device_tests.device.golden_steps import EXPECTED, LR, batches, losses
 from device_tests.device.runs import ARTIFACTS, RESIDUAL, answer, copy_bundle, edit_manifest, last_state, write_data
-from edgelocal.bundle import open_bundle, verify
-from edgelocal.device import describe
+from edgelocal.bundle.folder import open_bundle, verify
+from edgelocal.bundle.onnx_scan import TRAINING_DOMAIN, scan
 from edgelocal.errors import BundleError
-from edgelocal.onnx_scan import TRAINING_DOMAIN, scan
-from edgelocal.packages import package
-from edgelocal.run import load_blocks
-from edgelocal.session import Tensor, has_training, runtime
-from edgelocal.tensors import Array
+from edgelocal.machine.device import describe
+from edgelocal.machine.packages import package
+from edgelocal.runtime.library import has_training, runtime
+from edgelocal.runtime.session import Tensor
+from edgelocal.storage.tensors import Array
+from edgelocal.training.run import load_blocks
 
 TRAINS = has_training()
 training_build = pytest.mark.skipif(not TRAINS, reason="the ONNX Runtime installed here is not a training build")

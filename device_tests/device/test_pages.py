@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgelocal.bundle.spec import TensorSpec
 from edgelocal.errors import StorageError
-from edgelocal.pages import PREFIX, PageFile, clear_pages
-from edgelocal.spec import TensorSpec
+from edgelocal.runtime.pages import PREFIX, PageFile, clear_pages
 
 SPECS = (TensorSpec("param/w", (2, 3), "float32"), TensorSpec("buf/n", (), "int64"))
 

@@ -19,10 +19,10 @@ from data_files import idx, png, save, task, write, write_zip
 from device_tests.device.runs import RESIDUAL, answer, write_data
 from device_tests.device.test_cache import file_limit
 from device_tests.device.test_limits import limited
-from edgelocal.budget import PeakMeter
-from edgelocal.data import Dataset, batches, open_dataset, pipeline_bytes, prepare
+from edgelocal.bundle.spec import AugmentSpec, InputSpec
+from edgelocal.data.pipeline import Dataset, batches, open_dataset, pipeline_bytes, prepare
 from edgelocal.errors import DataError, StorageError
-from edgelocal.spec import AugmentSpec, InputSpec
+from edgelocal.machine.budget import PeakMeter
 
 MIB = 1 << 20
 RNG = np.random.default_rng(3)
@@ -194,7 +194,7 @@ def test_unpacking_and_reading_hold_pieces_only(tmp_path: Path) -> None:
 def test_no_space_is_an_error_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = open_dataset(packed(tmp_path / "d.npz", BYTES), "train", COLOUR, task(), tmp_path)
     written: list[int] = []
-    monkeypatch.setattr("edgelocal.formats.packed.write_whole", lambda *a: written.append(1))
+    monkeypatch.setattr("edgelocal.data.formats.packed.write_whole", lambda *a: written.append(1))
     with descriptors():
         with file_limit(2 * MIB), pytest.raises(StorageError) as caught:
             data.__enter__()

@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 
 from device_tests.device.invented import Invented, manifest
 from device_tests.device.runs import RESIDUAL, answer, command, slowness
-from edgelocal import plan as planning
-from edgelocal.bundle import Bundle
-from edgelocal.data import open_dataset, pipeline_bytes
+from edgelocal.bundle.folder import Bundle
+from edgelocal.bundle.memory_spec import MemorySpec
+from edgelocal.bundle.spec import BlockSpec, Manifest, graph_bytes
+from edgelocal.commands.plan import PlanRequest, assumed_pipeline, paged_bytes_per_step, plan_for
+from edgelocal.commands.plan_table import plan_lines
+from edgelocal.data.pipeline import open_dataset, pipeline_bytes
 from edgelocal.errors import BudgetError, UsageError
-from edgelocal.memory_spec import MemorySpec
-from edgelocal.needs import PipelineBytes
-from edgelocal.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES, Workload
-from edgelocal.plan import Plan, Thresholds, idle_range
-from edgelocal.plan_command import PlanRequest, assumed_pipeline, paged_bytes_per_step, plan_for
-from edgelocal.plan_table import plan_lines
-from edgelocal.spec import BlockSpec, Manifest, graph_bytes
+from edgelocal.memory import plan as planning
+from edgelocal.memory.needs import PipelineBytes
+from edgelocal.memory.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES, Workload
+from edgelocal.memory.plan import Plan, Thresholds, idle_range
 
 IDLE = 1_000_000
 DATA = PipelineBytes(resident=3000, making=2000)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edgelocal.budget import format_size
 from edgelocal.errors import UsageError
-from edgelocal.profiles import PROFILES, find_profile
+from edgelocal.machine.budget import format_size
+from edgelocal.machine.profiles import PROFILES, find_profile
 
 WANTED = {
     "jetson-orin-nano-4gb": (4, 6),

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from device_tests.device.runs import RESIDUAL, answer, command, write_data
 from device_tests.device.sample_report import MIB, loaded, sample_metrics, sample_report, write_run
-from edgelocal.advice import advice_on
 from edgelocal.errors import CheckpointError
+from edgelocal.memory.advice import advice_on
 from edgelocal.report import words
 from edgelocal.report.load import load_report
 from edgelocal.report.model import parse_report

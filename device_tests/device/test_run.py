@@ -24,13 +24,13 @@ from device_tests.device.runs import (
     unprivileged,
     write_data,
 )
-from edgelocal import commands
-from edgelocal.bundle import open_bundle, verify
+from edgelocal.bundle.folder import open_bundle, verify
 from edgelocal.cli import main
+from edgelocal.commands import evaluate as commands
 from edgelocal.errors import BundleError, CheckpointError, DivergedError, OverBudgetError, UsageError
-from edgelocal.run import RunFolder, check_resume, check_same, open_trained
-from edgelocal.run_info import RunInfo, describe_run, read_run
-from edgelocal.session import runtime
+from edgelocal.runtime.library import runtime
+from edgelocal.training.run import RunFolder, check_resume, check_same, open_trained
+from edgelocal.training.run_info import RunInfo, describe_run, read_run
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +373,7 @@ def test_no_memory_for_the_state_ends_with_3_and_what_was_committed_stands(
 
     run = copied(trained, tmp_path)
     before = (run / "state" / "00000002.ckpt").read_bytes()
-    monkeypatch.setattr("edgelocal.block.Tensor", scarce)
+    monkeypatch.setattr("edgelocal.runtime.block.Tensor", scarce)
     with pytest.raises(SystemExit) as ended:
         main([*map(str, trained[1]), "--out", str(run), "--on-oom", "replan"])
     assert ended.value.code == 3

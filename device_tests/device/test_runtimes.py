@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from device_tests.device.golden_steps import EXPECTED, losses
-from edgelocal.block import Block
-from edgelocal.bundle import open_bundle
-from edgelocal.graphs import GraphPool
-from edgelocal.session import runtime_info
+from edgelocal.bundle.folder import open_bundle
+from edgelocal.runtime.block import Block
+from edgelocal.runtime.graphs import GraphPool
+from edgelocal.runtime.library import runtime_info
 
 RESIDUAL = Path(__file__).parent / "golden" / "residual"
 

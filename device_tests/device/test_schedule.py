@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelocal.errors import UsageError
-from edgelocal.schedule import SCHEDULES, learning_rate
+from edgelocal.training.schedule import SCHEDULES, learning_rate
 
 
 def rates(schedule: str, epochs: int, warmup: int = 0, base: float = 0.8) -> list[float]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_tests.device.runs import task
-from edgelocal.scores import Score, score
+from edgelocal.training.scores import Score, score
 
 LOG2, LOG3 = math.log(2), math.log(3)
 

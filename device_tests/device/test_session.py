@@ -16,11 +16,12 @@ import onnxruntime
 import pytest
 
 from device_tests.device.runs import DROPOUT, ENVIRONMENT, RESIDUAL, answer, copy_bundle, put, write_data
-from edgelocal.bundle import open_bundle
+from edgelocal.bundle.folder import open_bundle
+from edgelocal.bundle.spec import GraphSpec, TensorSpec
 from edgelocal.errors import BundleError
-from edgelocal.session import Graph, Tensor, runtime_info
-from edgelocal.spec import GraphSpec, TensorSpec
-from edgelocal.tensors import Array
+from edgelocal.runtime.library import runtime_info
+from edgelocal.runtime.session import Graph, Tensor
+from edgelocal.storage.tensors import Array
 
 HEAD = open_bundle(DROPOUT).manifest.blocks[0].head
 assert HEAD is not None
@@ -163,7 +164,7 @@ def test_a_runtime_too_old_is_refused_with_advice(tmp_path: Path, version: str) 
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), ENVIRONMENT.get("PYTHONPATH", "")])}
     code = (
         "from edgelocal.errors import RuntimeMissingError as E\n"
-        "from edgelocal.session import runtime\n"
+        "from edgelocal.runtime.library import runtime\n"
         "try:\n    runtime()\nexcept E as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
@@ -173,11 +174,11 @@ def test_a_runtime_too_old_is_refused_with_advice(tmp_path: Path, version: str) 
 SCARCE = """
 import resource, sys
 import numpy as np
-from edgelocal.block import Block
-from edgelocal.bundle import open_bundle
+from edgelocal.runtime.block import Block
+from edgelocal.bundle.folder import open_bundle
 from edgelocal.errors import BudgetError
-from edgelocal.graphs import GraphPool
-from edgelocal.session import Tensor
+from edgelocal.runtime.graphs import GraphPool
+from edgelocal.runtime.session import Tensor
 from pathlib import Path
 
 bundle = open_bundle(Path(sys.argv[1]))
@@ -215,7 +216,7 @@ SILENT = """
 import onnxruntime
 told = []
 onnxruntime.disable_telemetry_events = lambda: told.append("off")
-from edgelocal.session import runtime
+from edgelocal.runtime.library import runtime
 runtime()
 runtime()
 print(told)

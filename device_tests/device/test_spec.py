@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_tests.device.runs import DROPOUT, RESIDUAL, disturb
-from edgelocal.errors import BundleError
-from edgelocal.manifest import MAX_MANIFEST_BYTES, SEAL, is_plain, parse_manifest, render_manifest, seal
-from edgelocal.spec import (
+from edgelocal.bundle.manifest import MAX_MANIFEST_BYTES, SEAL, is_plain, parse_manifest, render_manifest, seal
+from edgelocal.bundle.spec import (
     AugmentSpec,
     DefaultsSpec,
     FileSpec,
@@ -24,6 +23,7 @@ from edgelocal.spec import (
     RuleSpec,
     TensorSpec,
 )
+from edgelocal.errors import BundleError
 
 Edit = Callable[[dict[str, Any]], Any]
 WHOLE = {path: (path / "manifest.json").read_bytes() for path in (RESIDUAL, DROPOUT)}

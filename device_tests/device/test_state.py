@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelocal.errors import CheckpointError, DivergedError
-from edgelocal.state import MAGIC, SEAL_BYTES, DamagedCheckpointError, TrainingState, decode_state, encode_state
-from edgelocal.tensors import Array, encode
+from edgelocal.storage.state import MAGIC, SEAL_BYTES, DamagedCheckpointError, TrainingState, decode_state, encode_state
+from edgelocal.storage.tensors import Array, encode
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

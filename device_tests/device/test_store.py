@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgelocal.disk import Disk
 from edgelocal.errors import CheckpointError, StorageError, UsageError
-from edgelocal.state import TrainingState, encode_state
-from edgelocal.store import CheckpointStore, Loaded, atomic_write, lock, make_folders, staging
+from edgelocal.storage.disk import Disk
+from edgelocal.storage.state import TrainingState, encode_state
+from edgelocal.storage.store import CheckpointStore, Loaded, lock
+from edgelocal.storage.whole import atomic_write, make_folders, staging
 
 OLD, NEW = b"old" * 100, b"new!" * 300
 
@@ -457,7 +458,7 @@ def test_a_file_in_the_way_of_a_folder_is_said(tmp_path: Path) -> None:
 
 
 HOLD = """
-import sys; from pathlib import Path; from edgelocal.store import lock; from edgelocal.errors import UsageError
+import sys; from pathlib import Path; from edgelocal.storage.store import lock; from edgelocal.errors import UsageError
 try:
     with lock(Path(sys.argv[1])):
         print("held", flush=True); sys.stdin.read()

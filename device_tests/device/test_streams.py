@@ -92,7 +92,7 @@ def test_a_second_signal_ends_at_once_with_a_message(tmp_path: Path) -> None:
     code = (
         "import os, signal, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs start with it ignored
-        "from edgelocal import trainer\n"
+        "from edgelocal.training import trainer\n"
         "step = trainer.Trainer._step\n"
         "def twice(*a):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edgelocal.tensors import MAX_HEADER_BYTES, MAX_NAME, MAX_TENSORS, Array, TensorFormatError, decode, encode
+from edgelocal.storage.tensors import MAX_HEADER_BYTES, MAX_NAME, MAX_TENSORS, Array, TensorFormatError, decode, encode
 
 DTYPES = [np.dtype(name) for name in ("float32", "float64", "float16", "int64", "int32", "uint8", "bool")]
 

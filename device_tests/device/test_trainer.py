@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from device_tests.device.runs import DROPOUT, RESIDUAL, Recorder, assert_same_bits, state_of, trainer, write_data
-from edgelocal.budget import rss_bytes
-from edgelocal.bundle import open_bundle
+from edgelocal.bundle.folder import open_bundle
 from edgelocal.errors import BudgetError, DivergedError, InterruptedRunError
-from edgelocal.run import load_blocks
-from edgelocal.tensors import Array
-from edgelocal.trainer import Stage, Trainer, stages
+from edgelocal.machine.budget import rss_bytes
+from edgelocal.storage.tensors import Array
+from edgelocal.training.run import load_blocks
+from edgelocal.training.trainer import Stage, Trainer, stages
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from device_tests.export import helpers
 from device_tests.export.helpers import Array, Arrays, relative_errors
+from edgelocal.bundle.spec import RuleSpec, TaskSpec
 from edgelocal.exporters import losses
 from edgelocal.exporters.onnx_accumulate import apply_graph, gradient_graph
 from edgelocal.exporters.onnx_block import ExportedGraph
@@ -25,7 +26,6 @@ from edgelocal.exporters.partition import partition
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.units import GlobalMean, Network, load_network
 from edgelocal.exporters.zoo.custom import from_module
-from edgelocal.spec import RuleSpec, TaskSpec
 
 SHAPE = (3, 16, 16)
 TASK = TaskSpec("cross_entropy", 10, 0.0, ())

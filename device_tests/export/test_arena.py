@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from device_tests.export.touched import touched
+from edgelocal.bundle.memory_spec import table_bytes
+from edgelocal.bundle.spec import GraphSpec, TensorSpec
 from edgelocal.exporters.memory.arena import ALIGNMENT, Arena
 from edgelocal.exporters.memory.liveness import IN_PLACE, graph_of
 from edgelocal.exporters.memory.model import scratch
 from edgelocal.exporters.memory.shapes import value_types
 from edgelocal.exporters.memory.simulate import arena_after
-from edgelocal.memory_spec import table_bytes
-from edgelocal.spec import GraphSpec, TensorSpec
 
 MIB = 1 << 20
 BATCH = 4

@@ -17,12 +17,12 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from edgelocal.bundle import open_bundle, verify
+from edgelocal.bundle.folder import open_bundle, verify
+from edgelocal.commands.export_options import ExportOptions
 from edgelocal.errors import ExportError, UsageError
-from edgelocal.export_options import ExportOptions
 from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.request import make_request
-from edgelocal.session import has_training
+from edgelocal.runtime.library import has_training
 
 DOC = Path(__file__).parents[2] / "docs/ort-training.md"
 TRAINS = has_training() and importlib.util.find_spec("onnxruntime.training") is not None

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgelocal.decode import decode
 from edgelocal.errors import UsageError
 from edgelocal.exporters.bench import torch_side, worker_torch
 from edgelocal.exporters.bench.result import Measurement, Setting, combine
 from edgelocal.exporters.bench.torch_side import batch_at_peak, best_checkpointing, measure_bp, segment_candidates
 from edgelocal.exporters.units import load_network
+from edgelocal.storage.decode import decode
 
 MIB = 1 << 20
 MLP = Setting("mlp", input="20", classes=4, batch=8, steps=3, threads=1)

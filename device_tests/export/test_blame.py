@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from device_tests.export.helpers import Function
+from edgelocal.bundle.spec import RuleSpec, TaskSpec
 from edgelocal.errors import ExportError
 from edgelocal.exporters.onnx_inference import forward_graph, head_graph
 from edgelocal.exporters.onnx_step import step_graph
@@ -16,7 +17,6 @@ from edgelocal.exporters.optimizers import sgd
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.structure import structure
 from edgelocal.exporters.zoo.custom import from_module
-from edgelocal.spec import RuleSpec, TaskSpec
 
 TASK = TaskSpec("cross_entropy", 4, 0.0, ())
 Shaped = Callable[[Tensor], Tensor]

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 
 from device_tests.export.test_request import request
-from edgelocal.bundle import open_bundle
+from edgelocal.bundle.folder import open_bundle
+from edgelocal.bundle.spec import GRAPH_BYTES, NODE_BYTES, BlockSpec, FrontierSpec, MacsSpec, RuleSpec
+from edgelocal.commands.plan import PlanRequest, plan_bundle
 from edgelocal.errors import BudgetError, UsageError
-from edgelocal.exporters.comparison import checkpointed
 from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.request import ExportRequest, parse_memory_budget
-from edgelocal.exporters.search_costs import make_problem
-from edgelocal.exporters.search_problem import Candidate
-from edgelocal.exporters.trial import THREADS
+from edgelocal.exporters.search.comparison import checkpointed
+from edgelocal.exporters.search.costs import make_problem
+from edgelocal.exporters.search.problem import Candidate
+from edgelocal.exporters.search.trial import THREADS
 from edgelocal.exporters.units import load_network
-from edgelocal.needs import THREAD_BYTES
-from edgelocal.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES
-from edgelocal.plan_command import PlanRequest, plan_bundle
-from edgelocal.spec import GRAPH_BYTES, NODE_BYTES, BlockSpec, FrontierSpec, MacsSpec, RuleSpec
+from edgelocal.memory.needs import THREAD_BYTES
+from edgelocal.memory.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES
 
 MIB = 1 << 20
 BATCH = 128
@@ -153,7 +153,7 @@ def test_what_cannot_be_compared_is_exported_all_the_same(tmp_path: Path, monkey
     def fail(*given: Any) -> None:
         raise ValueError("no formula for this operator")
 
-    monkeypatch.setattr("edgelocal.exporters.comparison.make_problem", fail)
+    monkeypatch.setattr("edgelocal.exporters.search.comparison.make_problem", fail)
     said: list[str] = []
     given = request(blocks="2", rule="linear", batch=8, input_shape="1x8x8", pad=1)
     found = export_bundle(given, tmp_path / "b", said.append)

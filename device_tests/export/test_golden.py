@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from device_tests.device.golden_steps import EXPECTED, LR, STEPS, batches
-from edgelocal.bundle import open_bundle
+from edgelocal.bundle.folder import open_bundle
 from edgelocal.exporters.optimizers import sgd
 from edgelocal.exporters.oracle import Oracle
 from edgelocal.exporters.rules import build_blocks

@@ -13,7 +13,7 @@ import pytest
 
 from device_tests.device.runs import ENVIRONMENT
 from device_tests.export.test_pack import export
-from edgelocal.bundle import open_bundle, verify
+from edgelocal.bundle.folder import open_bundle, verify
 from edgelocal.errors import ExportError
 
 NET = """

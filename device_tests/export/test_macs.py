@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgelocal.bundle.spec import MacsSpec, RuleSpec
 from edgelocal.errors import ExportError
 from edgelocal.exporters.macs import Counter, Work, block_macs, chain
 from edgelocal.exporters.partition import per_unit
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.units import Network, load_network
 from edgelocal.exporters.zoo import custom
-from edgelocal.spec import MacsSpec, RuleSpec
 
 
 @cache

@@ -14,8 +14,8 @@ import pytest
 from memory_promises import MIB, Row
 
 from device_tests.device.runs import ENVIRONMENT, answer, assert_same_bits, last_state
-from edgelocal.bundle import open_bundle
-from edgelocal.plan import idle_range
+from edgelocal.bundle.folder import open_bundle
+from edgelocal.memory.plan import idle_range
 
 BATCH, STEPS = 64, 4
 NETWORKS = ("mlp", "resnet8", "vgg11")  # linear layers; residual, with batch norm; max-pooling, large weights
@@ -66,13 +66,13 @@ def test_m2_predictions_are_honest(rows: list[Row]) -> None:
 INSIDE = """
 import inspect, json, sys, threading
 from pathlib import Path
-from edgelocal.budget import PeakMeter, rss_bytes
+from edgelocal.machine.budget import PeakMeter, rss_bytes
 from edgelocal.cli import train as command
-from edgelocal.console import error_console
+from edgelocal.commands.console import error_console
 from edgelocal.errors import BudgetError, OverBudgetError
-from edgelocal.progress import Display
-from edgelocal.session import reserve, start
-from edgelocal.training import make_request, train
+from edgelocal.commands.progress import Display
+from edgelocal.runtime.arena import reserve, start
+from edgelocal.commands.train import make_request, train
 
 start()
 options = command.make_context("train", sys.argv[1:2] + ["--data", sys.argv[2], "--out", "unused"]).params
@@ -153,8 +153,8 @@ print(json.dumps([forced, trained(out=folder / "plain", micro_batch=16), stopped
 KILLED = (
     FAILING
     + """
-fail("edgelocal.trainer.prepare", int(sys.argv[4]), RuntimeError("killed"))
-fail("edgelocal.trainer.prepare", 3, MemoryError())
+fail("edgelocal.training.trainer.prepare", int(sys.argv[4]), RuntimeError("killed"))
+fail("edgelocal.training.trainer.prepare", 3, MemoryError())
 try:
     trained(out=folder / "killed", micro_batch=32, on_oom="replan")
 except RuntimeError as error:
@@ -170,10 +170,10 @@ print(json.dumps([progress, *again]))
 BREACH = (
     FAILING
     + """
-mend = fail("edgelocal.trainer.peak_rss_bytes", 4, None, 1 << 40)
+mend = fail("edgelocal.training.trainer.peak_rss_bytes", 4, None, 1 << 40)
 report = trained(out=folder / "replanned", memory_budget="2GiB", on_oom="replan")
 mend()
-fail("edgelocal.trainer.peak_rss_bytes", 4, None, 1 << 40)
+fail("edgelocal.training.trainer.peak_rss_bytes", 4, None, 1 << 40)
 try:
     trained(out=folder / "stopped", memory_budget="2GiB")
 except OverBudgetError as error:
@@ -188,7 +188,7 @@ HOPELESS = (
     + """
 def load(*given, **named):
     raise OverBudgetError("gradient.onnx cannot be loaded")
-loads = importlib.import_module("edgelocal.graphs")
+loads = importlib.import_module("edgelocal.runtime.graphs")
 loads.Graph = load
 try:
     trained(out=folder / "hopeless", on_oom="replan")
@@ -249,9 +249,9 @@ def test_m4_memory_that_runs_out_leaves_the_last_commit_and_replan_goes_on_from_
 @pytest.mark.parametrize(
     ("place", "call"),
     [
-        ("edgelocal.trainer.prepare", 3),  # a batch
-        ("edgelocal.block._scalars", 5),  # in the middle of a step
-        ("edgelocal.run.encode_state", 2),  # a commit
+        ("edgelocal.training.trainer.prepare", 3),  # a batch
+        ("edgelocal.runtime.block._scalars", 5),  # in the middle of a step
+        ("edgelocal.training.run.encode_state", 2),  # a commit
     ],
 )
 def test_m4_wherever_memory_runs_out_replan_goes_on_by_the_plan_for_half(

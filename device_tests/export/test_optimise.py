@@ -13,14 +13,14 @@ from torch import nn
 from device_tests.export.accumulation import SHAPE, TASK, blocks_of, build
 from device_tests.export.helpers import Arrays
 from device_tests.export.touched import touched
+from edgelocal.bundle.spec import GraphSpec
 from edgelocal.exporters.memory.optimise import Lean, optimise
 from edgelocal.exporters.onnx_accumulate import apply_graph, gradient_graph
 from edgelocal.exporters.onnx_block import ExportedGraph
 from edgelocal.exporters.onnx_step import step_graph
 from edgelocal.exporters.optimizers import adamw, sgd
 from edgelocal.exporters.zoo.custom import from_module
-from edgelocal.session import Graph, Tensor
-from edgelocal.spec import GraphSpec
+from edgelocal.runtime.session import Graph, Tensor
 
 MIB = 1 << 20
 FITTED = 64  # the batch for which graphs are optimised

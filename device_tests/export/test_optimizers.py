@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from device_tests.export import helpers
+from edgelocal.bundle.spec import OptimizerSpec, RuleSpec, TaskSpec
 from edgelocal.errors import ExportError
 from edgelocal.exporters.onnx_step import step_graph
 from edgelocal.exporters.optimizers import Optimizer, adamw, make_optimizer, sgd
 from edgelocal.exporters.partition import partition
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.zoo.custom import from_module
-from edgelocal.spec import OptimizerSpec, RuleSpec, TaskSpec
 
 OPTIMIZERS = {
     "plain sgd": sgd(0.0, 0.0, nesterov=False),

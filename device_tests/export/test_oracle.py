@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgelocal.bundle.spec import RuleSpec, TaskSpec
 from edgelocal.errors import UsageError
 from edgelocal.exporters.losses import loss, metrics
 from edgelocal.exporters.oracle import Oracle
 from edgelocal.exporters.partition import partition
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.units import Network, load_network
-from edgelocal.spec import RuleSpec, TaskSpec
 
 NUMERIC = json.loads((Path(__file__).parent / "vectors" / "auglocal_numeric.json").read_text())["resnet32_K16_d2"]
 DEPTH1 = """2.327611 2.351172 2.414526 2.468295 2.361473 2.348178 2.160696 2.256303 2.105651 2.292637 2.256938 2.265315

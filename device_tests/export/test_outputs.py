@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from device_tests.export.helpers import Arrays, op_types, session
+from edgelocal.bundle.spec import RuleSpec, TaskSpec
 from edgelocal.exporters.onnx_accumulate import apply_graph, gradient_graph
 from edgelocal.exporters.onnx_graph import GraphBuilder, value_info
 from edgelocal.exporters.onnx_inference import forward_graph, head_graph
@@ -18,7 +19,6 @@ from edgelocal.exporters.optimizers import adamw
 from edgelocal.exporters.partition import partition
 from edgelocal.exporters.rules import build_blocks
 from edgelocal.exporters.units import load_network
-from edgelocal.spec import RuleSpec, TaskSpec
 
 X = np.asarray([1.0, -2.0, 3.0], np.float32)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from device_tests.device.runs import RESIDUAL as DATA_OF
 from device_tests.device.runs import answer, write_data
 from device_tests.export.test_request import request
-from edgelocal.bundle import open_bundle, verify
+from edgelocal.bundle.folder import open_bundle, verify
 from edgelocal.errors import EdgelocalError
 from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.rules import build_blocks

@@ -25,7 +25,7 @@ from device_tests.device.sample_report import loaded
 from device_tests.export.test_request import request as requested
 from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.request import ExportRequest
-from edgelocal.profiles import idle_process_bytes
+from edgelocal.machine.profiles import idle_process_bytes
 from edgelocal.report.load import load_report
 from edgelocal.report.model import parse_report
 from edgelocal.report.page import render_page

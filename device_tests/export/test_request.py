@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from edgelocal.bundle.spec import AugmentSpec, DefaultsSpec, InputSpec, RuleSpec, TaskSpec
+from edgelocal.commands.export_options import ExportOptions
 from edgelocal.errors import UsageError
-from edgelocal.export_options import ExportOptions
 from edgelocal.exporters.request import (
     NORMALIZATIONS,
     make_request,
@@ -17,7 +18,6 @@ from edgelocal.exporters.request import (
     parse_input,
     parse_normalization,
 )
-from edgelocal.spec import AugmentSpec, DefaultsSpec, InputSpec, RuleSpec, TaskSpec
 
 
 def request(**changes: Any) -> Any:

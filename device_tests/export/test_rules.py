@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from edgelocal.bundle.spec import RuleSpec
 from edgelocal.errors import ExportError, UsageError
 from edgelocal.exporters import zoo
 from edgelocal.exporters.partition import partition, per_unit
@@ -20,7 +21,6 @@ from edgelocal.exporters.rules import LocalBlock, build_blocks, find
 from edgelocal.exporters.rules.auglocal import changes, depths, select, strides
 from edgelocal.exporters.units import Network, load_network
 from edgelocal.exporters.zoo import custom
-from edgelocal.spec import RuleSpec
 
 RESNET32 = json.loads((Path(__file__).parent / "vectors" / "auglocal_resnet32.json").read_text())
 

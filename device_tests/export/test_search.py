@@ -14,16 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgelocal.bundle.spec import RuleSpec
 from edgelocal.errors import UsageError
 from edgelocal.exporters.macs import Counter, block_macs
 from edgelocal.exporters.partition import measure
 from edgelocal.exporters.rules import build_blocks, find
 from edgelocal.exporters.rules.auglocal import depths
-from edgelocal.exporters.search import Found, frontier, search
-from edgelocal.exporters.search_costs import make_problem
-from edgelocal.exporters.search_problem import Candidate, Problem
+from edgelocal.exporters.search.costs import make_problem
+from edgelocal.exporters.search.problem import Candidate, Problem
+from edgelocal.exporters.search.search import Found, frontier, search
 from edgelocal.exporters.units import Network, load_network, output_shapes
-from edgelocal.spec import RuleSpec
 
 Blocks = tuple[Candidate, ...]
 

@@ -15,6 +15,7 @@ from parity_training import Graphs, eager_step, initial
 from torch import Tensor, nn
 
 from device_tests.export.helpers import Array, Arrays, op_types, session
+from edgelocal.bundle.spec import RuleSpec, TaskSpec
 from edgelocal.errors import ExportError
 from edgelocal.exporters import losses
 from edgelocal.exporters.onnx_inference import forward_graph, head_graph
@@ -25,7 +26,6 @@ from edgelocal.exporters.partition import partition
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.units import Network, load_network
 from edgelocal.exporters.zoo.custom import from_module
-from edgelocal.spec import RuleSpec, TaskSpec
 
 SHAPE = (3, 16, 16)
 LARGEST_INITIALIZER_BYTES = 4096

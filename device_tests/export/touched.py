@@ -12,15 +12,16 @@ import onnx
 
 from device_tests.device.runs import ENVIRONMENT
 from device_tests.export.helpers import Arrays
-from edgelocal.spec import GraphSpec
+from edgelocal.bundle.spec import GraphSpec
 
 # Reads a graph and its inputs, runs it in a region of `region` bytes without another beside it, and prints what runs
 # take of memory: what they touch and the table.
 TOUCHED = """
 import json, pickle, sys
 from pathlib import Path
-from edgelocal.budget import PeakMeter
-from edgelocal.session import Graph, Tensor, give_back, reserve
+from edgelocal.machine.budget import PeakMeter
+from edgelocal.runtime.session import Graph, Tensor
+from edgelocal.runtime.arena import give_back, reserve
 spec, model, values, batch, region = pickle.loads(Path(sys.argv[1]).read_bytes())
 reserve(region, region)
 graph = Graph(spec, model, 2)

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgelocal.decode import expect, unique
-from edgelocal.disk import read_regular, reason
 from edgelocal.errors import CheckpointError
 from edgelocal.report.model import parse_report
-from edgelocal.run import MAX_REPORT_BYTES, METRICS, REPORT
-from edgelocal.run_info import RunInfo, read_run
+from edgelocal.storage.decode import expect, unique
+from edgelocal.storage.disk import read_regular, reason
+from edgelocal.training.run import MAX_REPORT_BYTES, METRICS, REPORT
+from edgelocal.training.run_info import RunInfo, read_run
 
 _MEND = "restore it from a copy, or let `edgelocal train` write it again by the command that began the run"
 

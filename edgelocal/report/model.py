@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from edgelocal.decode import decode, expect
+from edgelocal.storage.decode import decode, expect
 
 LARGEST = 1e100  # far above a float32, whose losses may be anything finite; sums of it are still floats
 

@@ -17,7 +17,7 @@ from edgelocal.report.style import CSS
 from edgelocal.report.svg import Markup, tag
 from edgelocal.report.timeline import timeline_figure
 from edgelocal.report.times import latency_figure, time_figure
-from edgelocal.store import atomic_write
+from edgelocal.storage.whole import atomic_write
 
 DIGEST = 16  # so many digits of a digest are shown
 FIGURES = (memory_figure, timeline_figure, loss_figure, metric_figure, time_figure, latency_figure, frontier_figure)

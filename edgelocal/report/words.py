@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from edgelocal.advice import advice_on
-from edgelocal.budget import format_size
+from edgelocal.machine.budget import format_size
+from edgelocal.memory.advice import advice_on
 from edgelocal.report.model import FrontierPoint, Report
 
 NONE = "-"

@@ -19,9 +19,7 @@ from typing import Any
 
 from rich.table import Table
 
-from edgelocal.budget import format_size
-from edgelocal.bundle import open_bundle
-from edgelocal.device import describe
+from edgelocal.bundle.folder import open_bundle
 from edgelocal.errors import BudgetError, UsageError
 from edgelocal.exporters.bench.own_side import Bundle, export_variant, measure_own, write_samples
 from edgelocal.exporters.bench.result import LEAST_BATCH, Measurement, Setting
@@ -33,9 +31,11 @@ from edgelocal.exporters.bench.torch_side import (
     measure_bp,
     measure_checkpointed,
 )
-from edgelocal.needs import PipelineBytes
-from edgelocal.peaks import Workload
-from edgelocal.plan import make_thresholds
+from edgelocal.machine.budget import format_size
+from edgelocal.machine.device import describe
+from edgelocal.memory.needs import PipelineBytes
+from edgelocal.memory.peaks import Workload
+from edgelocal.memory.plan import make_thresholds
 
 Say = Callable[[str], None]
 SHARES = (0.5, 0.25, 0.12)  # of PyTorch's working set: the budgets of the partitions

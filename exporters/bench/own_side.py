@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from edgelocal.commands.export_options import ExportOptions
 from edgelocal.errors import BudgetError, UsageError
-from edgelocal.export_options import ExportOptions
 from edgelocal.exporters.bench.result import Measurement, Setting
 from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.request import make_request, parse_input

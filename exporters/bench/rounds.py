@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelocal.budget import format_size
 from edgelocal.errors import BudgetError, UsageError
 from edgelocal.exporters.bench.result import Measurement, combine
-from edgelocal.store import atomic_write
+from edgelocal.machine.budget import format_size
+from edgelocal.storage.whole import atomic_write
 
 Say = Callable[[str], None]
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from math import sqrt
 
-from edgelocal.budget import format_size
-from edgelocal.decode import decode, unique
 from edgelocal.errors import UsageError
 from edgelocal.exporters.bench.result import LEAST_BATCH, Measurement, Setting, combine
+from edgelocal.machine.budget import format_size
+from edgelocal.storage.decode import decode, unique
 
 Say = Callable[[str], None]
 MeasureSegments = Callable[[Setting, int], Measurement]

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from edgelocal.budget import peak_rss_bytes, reset_peak, rss_bytes
 from edgelocal.errors import EdgelocalError, UsageError
 from edgelocal.exporters.bench.result import Measurement, Setting
 from edgelocal.exporters.guest import guest, network_errors
 from edgelocal.exporters.request import parse_input
 from edgelocal.exporters.units import Network, load_network, output_shapes
+from edgelocal.machine.budget import peak_rss_bytes, reset_peak, rss_bytes
 
 WARM_UP_STEPS = 2
 LR = 0.01  # small: random labels at a large rate would soon leave the finite numbers

@@ -3,7 +3,7 @@
 The arena is a best-fit allocator with coalescing (BFC): sizes are multiples of 256 bytes; free chunks lie in bins by
 powers of two, sorted by size and then address; a request takes the first chunk that is large enough, from the smallest
 bin on, and gives back what it does not need; a freed chunk joins its free neighbours. It is simulated as it is set up
-in `edgelocal.session`: one region, every remainder split off.
+in `edgelocal.runtime.arena`: one region, every remainder split off.
 """
 
 from __future__ import annotations

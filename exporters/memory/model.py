@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from edgelocal.bundle.memory_spec import AffineSpec, MemorySpec, PeakSpec
 from edgelocal.exporters.memory.liveness import Graph, Op, buffers
 from edgelocal.exporters.memory.recompute import AGAIN
 from edgelocal.exporters.memory.shapes import Size
 from edgelocal.exporters.memory.simulate import arena_after
-from edgelocal.memory_spec import AffineSpec, MemorySpec, PeakSpec
 
 KINDS = ("activations", "gradients", "workspace")
 _LAYOUT = frozenset(("Pad", "Slice", "Transpose", "Concat", "Unsqueeze", "Expand"))

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 from onnx import TensorProto, helper
 
+from edgelocal.bundle.spec import NODE_BYTES
 from edgelocal.exporters.memory.liveness import Graph, Op, living
 from edgelocal.exporters.memory.shapes import Size, Typed
-from edgelocal.spec import NODE_BYTES
 
 _FEWEST_CHANNELS = 8  # in a half: with fewer columns the kernel of the product idles
 _MOST_ROUNDS = 16

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from edgelocal.bundle.memory_spec import MemorySpec
 from edgelocal.exporters.memory.liveness import Graph, graph_of, overwritable
 from edgelocal.exporters.memory.merge import simplify
 from edgelocal.exporters.memory.model import memory_model, scratch
@@ -24,7 +25,6 @@ from edgelocal.exporters.memory.shapes import value_types
 from edgelocal.exporters.memory.simulate import arena_peak
 from edgelocal.exporters.memory.trade import computed_again, trade
 from edgelocal.exporters.onnx_block import ExportedGraph
-from edgelocal.memory_spec import MemorySpec
 
 _ROUNDS = 2  # a value computed again may wait for two uses in turn
 _DONE: dict[tuple[bytes, int], Lean] = {}

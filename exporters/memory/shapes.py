@@ -16,8 +16,8 @@ import onnx
 from onnx import helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
+from edgelocal.bundle.spec import BATCH
 from edgelocal.errors import ExportError
-from edgelocal.spec import BATCH
 
 # Two batches that no other size of a network is likely to be a multiple of: dimensions are told apart by them.
 PROBES = (1009, 2003)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from edgelocal.bundle.spec import RuleSpec
 from edgelocal.errors import UsageError
 from edgelocal.exporters.guest import network_errors
 from edgelocal.exporters.rules import auglocal, bp, linear
 from edgelocal.exporters.rules.base import LocalBlock, Place, Rule
 from edgelocal.exporters.units import Network, seeded
-from edgelocal.spec import RuleSpec
 
 __all__ = ["LocalBlock", "Place", "Rule", "build_blocks", "find", "names"]
 

@@ -23,10 +23,10 @@ from itertools import pairwise
 
 from torch import nn
 
+from edgelocal.bundle.spec import RuleSpec
 from edgelocal.errors import UsageError
 from edgelocal.exporters.rules.base import Place, Rule
 from edgelocal.exporters.units import Network
-from edgelocal.spec import RuleSpec
 
 
 def depths(modules: int, depth: int, tau: float, d_min: int) -> tuple[int, ...]:

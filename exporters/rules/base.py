@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from edgelocal.bundle.spec import RuleSpec
 from edgelocal.exporters.units import Network
-from edgelocal.spec import RuleSpec
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from edgelocal.bundle.spec import RuleSpec
 from edgelocal.exporters.rules.base import Place, Rule
 from edgelocal.exporters.units import Network, pooled_linear
-from edgelocal.spec import RuleSpec
 
 
 def auxiliary(network: Network, place: Place, rule: RuleSpec) -> nn.Module:

@@ -1,0 +1,1 @@
+"""What comes from the workstation: the folder, its manifest, its ONNX files."""

@@ -1,0 +1,1 @@
+"""Samples: files of many formats, the order they come in, batches of float32."""

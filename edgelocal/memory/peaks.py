@@ -1,0 +1,278 @@
+"""The peak of a training at one batch, as sums: what lies in the runtime's arena, and what beside it.
+
+The arena once touched stays, and has one region for all graphs of the process. So the process's peak is the most that
+any run touches of it, the table of the largest region that any run needs, and the most that lies beside.
+
+Micro-batches are chosen by one bound on the arena, the same for all blocks, as if each had a region of its own. The
+lower the bound, the smaller the micro-batches: under a budget they are the first, from no bound on downwards, with
+which the whole process fits, and the smallest budget is the least that any of them needs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from itertools import groupby
+from operator import itemgetter
+from typing import TypeAlias
+
+from edgelocal.bundle.memory_spec import ArenaBytes
+from edgelocal.bundle.spec import BlockSpec, GraphSpec, Manifest
+from edgelocal.memory.needs import BlockNeeds, PipelineBytes, Way, block_needs, loaded_bytes
+from edgelocal.memory.recency import Recency
+
+_REPEATED = 3  # rounds after which no more graphs are loaded at once than before
+# Code and tables of the runtime that its first steps touch, and what convolutions add (measured, docs/promises.md).
+RUNTIME_BYTES, CONVOLUTION_BYTES = 13 << 18, 9 << 18
+
+ALL_TRIED = 512  # batches up to this are all tried for the largest that fits
+
+
+Pipeline: TypeAlias = PipelineBytes | Callable[[int], PipelineBytes]  # known, or as a function of the batch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Micro-batches of all blocks; what they need of the arena, and the bytes that lie beside it at most."""
+
+    micro: tuple[int, ...]
+    arena: ArenaBytes
+    beside: int
+
+    @property
+    def total(self) -> int:
+        """The peak above the idle process with nothing kept that could be given up."""
+        return self.arena.total + self.beside
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be planned: the blocks of a network with a batch, and what is around them, in bytes.
+
+    `most` is the largest micro-batch, `idle` the process before it plans, `spare` what that may be more in another
+    start of it, where a budget named in this one is to be enough too, `pipeline_at` what the data takes at a batch,
+    `validates` whether batches also pass through the whole network in inference mode, `threads` those of each graph,
+    `convolves` whether the network has convolutions.
+    """
+
+    needs: tuple[BlockNeeds, ...]
+    batch: int
+    most: int  # samples at a time
+    schedule: str
+    idle: int
+    spare: int
+    pipeline_at: Callable[[int], PipelineBytes]
+    validates: bool
+    threads: int
+    convolves: bool
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        *,
+        batch: int,
+        schedule: str,
+        idle_bytes: int,
+        spare_bytes: int = 0,
+        pipeline: Pipeline,
+        validates: bool,
+        micro_batch: int | None = None,
+        threads: int = 1,
+    ) -> Workload:
+        """The blocks of a bundle; `micro_batch` is an upper bound for all of them."""
+        needs = tuple(block_needs(block) for block in manifest.blocks)
+        most = min(batch, micro_batch or batch)
+
+        def pipeline_at(samples: int) -> PipelineBytes:
+            return pipeline(samples) if callable(pipeline) else pipeline
+
+        convolves = has_convolutions(manifest.blocks)
+        return cls(needs, batch, most, schedule, idle_bytes, spare_bytes, pipeline_at, validates, threads, convolves)
+
+    @property
+    def anywhere(self) -> Workload:
+        """The same in the largest start of the process."""
+        return replace(self, idle=self.idle + self.spare, spare=0)
+
+    @cached_property
+    def pipeline(self) -> PipelineBytes:
+        """What the data takes at this batch."""
+        return self.pipeline_at(self.batch)
+
+    @property
+    def uncut(self) -> list[int]:
+        """As many samples at a time as may be, in every block."""
+        return [self.most] * len(self.needs)
+
+    @property
+    def least(self) -> int:
+        """The smallest budget."""
+        return self.idle + min(choice.total for choice in self.choices())
+
+    def fits(self, budget: int) -> bool:
+        """Whether there is a plan at all."""
+        return self.idle + self._held <= budget and any(self.idle + choice.total <= budget for choice in self.choices())
+
+    def largest_batch(self, budget: int) -> int:
+        """The largest smaller batch that fits, 0 if none does. What fits is not always less than what does not (the
+        arena's table has exact entries and others), so that all are tried up to `ALL_TRIED`. Of larger batches some
+        are, ever smaller ones until one fits, and then between it and the one before: one more sample than the answer
+        does not fit, but a larger batch still may."""
+        above = self.batch
+        while above - 1 > ALL_TRIED:
+            n = max(ALL_TRIED + 1, above * 4 // 5)
+            if self._smaller(n).fits(budget):
+                between = range(n + 1, above)
+                return n + bisect_left(between, True, key=lambda m: not self._smaller(m).fits(budget))
+            above = n
+        return next((n for n in range(above - 1, 0, -1) if self._smaller(n).fits(budget)), 0)
+
+    def _smaller(self, batch: int) -> Workload:
+        """The same with a smaller batch."""
+        return replace(self, batch=batch, most=min(self.most, batch))
+
+    @property
+    def _held(self) -> int:
+        """Less than any plan needs, and quick: state, input and output of a block."""
+        return max(n.state_bytes + n.input.at(self.batch) + n.output.at(self.batch) for n in self.needs)
+
+    def choices(self) -> Iterator[Choice]:
+        """The micro-batches under an ever lower bound on the arena: for every block the fewest parts of the batch with
+        which it fits, or its smallest need where nothing does."""
+        ladders = [self._ladder(needs) for needs in self.needs]
+        # Where the bound falls below what a block needs: that need, the block, and how far it goes down its ladder.
+        falls = ((a.total, i, k) for i, ladder in enumerate(ladders) for k, (_, a) in enumerate(ladder[:-1], start=1))
+        micro = [ladder[0][0] for ladder in ladders]
+        arenas = [*(ladder[0][1] for ladder in ladders), self.floor]
+        touched, region = [a.touched for a in arenas], [a.region for a in arenas]
+        beside = self._least_beside(micro)
+        yield Choice(tuple(micro), ArenaBytes(max(touched), max(region)), beside)
+        for _, together in groupby(sorted(falls, reverse=True), key=itemgetter(0)):
+            cut = False
+            for _, i, k in together:
+                cut |= micro[i] >= self.batch
+                micro[i], arena = ladders[i][k]
+                touched[i], region[i] = arena.touched, arena.region
+            beside = self._least_beside(micro) if cut else beside  # how small the parts are makes no difference
+            yield Choice(tuple(micro), ArenaBytes(max(touched), max(region)), beside)
+
+    def _least_beside(self, micro: Sequence[int]) -> int:
+        """What lies beside the arena with nothing kept that could be given up."""
+        return self.beside(micro, self.graph_bytes(micro, every=False))
+
+    def _ladder(self, needs: BlockNeeds) -> list[tuple[int, ArenaBytes]]:
+        """Micro-batches of about one size, from the largest on, with what they need of the arena: those that need less
+        than all larger ones."""
+        sizes = sorted({self.most, *(-(-self.batch // parts) for parts in range(1, self.batch + 1))}, reverse=True)
+        found: list[tuple[int, ArenaBytes]] = []
+        for size in sizes:
+            if size <= self.most:
+                arena = self.way(needs, size).arena(size)
+                if not found or arena.total < found[-1][1].total:
+                    found.append((size, arena))
+        return found
+
+    def arena(self, micro: Sequence[int]) -> ArenaBytes:
+        """What all blocks and all passes need of the arena."""
+        ways = (self.way(n, size).arena(size) for n, size in zip(self.needs, micro, strict=True))
+        return reduce(ArenaBytes.joined, ways, self.floor)
+
+    def way(self, needs: BlockNeeds, micro: int) -> Way:
+        """How a block takes the batch, so many samples at a time."""
+        return needs.whole if micro >= self.batch else needs.parts
+
+    @cached_property
+    def floor(self) -> ArenaBytes:
+        """What a batch that passes through the network in inference mode needs of the arena."""
+        exits = [n.exit_arena(self.batch) for n in self.needs] if self.validates else []
+        frozen = [n.forward_arena(self.batch) for n in self.needs[:-1]] if self.schedule == "sequential" else []
+        return reduce(ArenaBytes.joined, [*exits, *frozen], ArenaBytes(0, 0))
+
+    def beside(self, micro: Sequence[int], graphs: int, resident: frozenset[int] = frozenset()) -> int:
+        """What lies beside the arena at most, with the states of `resident` blocks always in memory."""
+        states = sum(self.needs[i].state_bytes for i in resident)
+        working = max(
+            (0 if i in resident else n.state_bytes)
+            + sum(self.way(n, size).written.values())
+            + n.input.at(self.batch)
+            + n.output.at(self.batch)
+            for i, (n, size) in enumerate(zip(self.needs, micro, strict=True))
+        )
+        common = self.runtime + graphs + self.pipeline.resident
+        return states + common + max(working, self._between(resident))
+
+    def _between(self, resident: frozenset[int]) -> int:
+        """What else is there while a batch is made or passes through the network in inference mode."""
+        making = self.pipeline.making + self.needs[0].source.at(self.batch)
+        if not (self.validates or self.schedule == "sequential"):
+            return making
+        paged = max((n.state_bytes for i, n in enumerate(self.needs) if i not in resident), default=0)
+        return max(making, paged + max(self._passing(n) for n in self.needs))
+
+    def _passing(self, needs: BlockNeeds) -> int:
+        """Input and output of a block; a cache in half precision holds an output in both for a moment."""
+        output = needs.output.at(self.batch)
+        return output + max(needs.source.at(self.batch), output // 2 if self.schedule == "sequential" else 0)
+
+    def resident(self, micro: Sequence[int], graphs: int, room: int) -> frozenset[int]:
+        """The blocks whose state stays in memory where there is `room` beside the arena: as many as can, the largest
+        first, because each of them is in memory anyway when it works."""
+        order = sorted(range(len(self.needs)), key=lambda i: -self.needs[i].state_bytes)
+        first = range(len(order) + 1)
+        count = bisect_right(first, room, key=lambda k: self.beside(micro, graphs, frozenset(order[:k]))) - 1
+        return frozenset(order[: max(0, count)])
+
+    @property
+    def runtime(self) -> int:
+        """What the runtime takes besides graphs and arena."""
+        return runtime_bytes(self.convolves)
+
+    def graph_bytes(self, micro: Sequence[int], *, every: bool) -> int:
+        """Bytes of every graph that the run uses, or of the largest alone."""
+        sizes = self._graph_sizes(micro).values()
+        return sum(sizes) if every else max(sizes)
+
+    def graphs_beside(self, micro: Sequence[int], limit: int | None) -> list[int]:
+        """For every block the bytes of graphs that are loaded at most while it works, where no more than `limit` may
+        be: what the pool of graphs (graphs.py) does, foreseen. With None it keeps them all, those of others too."""
+        sizes = self._graph_sizes(micro)
+        if limit is None:
+            return [sum(sizes.values())] * len(self.needs)
+        found = [0] * len(self.needs)
+        for turns in self._rounds(micro):
+            recency = Recency(limit)
+            for index, graphs in turns * _REPEATED:
+                for graph in graphs:
+                    recency.use(graph.key, sizes[graph.key])
+                    found[index] = max(found[index], recency.held)
+        return found
+
+    def _rounds(self, micro: Sequence[int]) -> list[list[tuple[int, list[GraphSpec]]]]:
+        """What runs over and over before all graphs are dropped: blocks and the graphs they use."""
+        ways = [self.way(needs, samples) for needs, samples in zip(self.needs, micro, strict=True)]
+        if self.schedule == "interleaved":
+            return [[(index, list(way.graphs)) for index, way in enumerate(ways)]]
+        frozen = [needs.spec.forward for needs in self.needs]
+        return [[(index, [*frozen[:index], *way.graphs])] for index, way in enumerate(ways)]
+
+    def _graph_sizes(self, micro: Sequence[int]) -> dict[str, int]:
+        """Bytes of every graph that the run uses, equal structures once."""
+        used: list[GraphSpec] = []
+        for needs, size in zip(self.needs, micro, strict=True):
+            used += self.way(needs, size).graphs
+            if self.validates or self.schedule == "sequential":
+                used += needs.passes
+        return {graph.key: loaded_bytes(graph, self.threads) for graph in used}
+
+
+def has_convolutions(blocks: Iterable[BlockSpec]) -> bool:
+    """Whether any weight has three dimensions or more, as those of convolutions have."""
+    return any(t.kind == "param" and len(t.shape) >= 3 for block in blocks for t in block.step.inputs)
+
+
+def runtime_bytes(convolves: bool) -> int:
+    """What the runtime takes besides graphs and arena, for networks with or without convolutions."""
+    return RUNTIME_BYTES + convolves * CONVOLUTION_BYTES

@@ -1,0 +1,1 @@
+"""Bytes at rest: tensors and state in files that survive a crash."""
