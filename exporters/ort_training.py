@@ -105,7 +105,7 @@ def make_artifacts(
                     optimizer=_optimizer_block(optimizer),
                     artifact_directory=folder,
                 )
-        except RuntimeError as error:
+        except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise _no_gradient(error, block, task, input_shape, dtype, origins) from error
         training, update = (_mended(Path(folder) / f"{name}_model.onnx") for name in ("training", "optimizer"))
         checkpoint = (Path(folder) / "checkpoint").read_bytes()
@@ -215,11 +215,12 @@ def _evaluation(exported: onnx.ModelProto, order: Sequence[str], weights: Mappin
 
 
 def _reading(nodes: Sequence[onnx.NodeProto], weights: Mapping[str, Array]) -> list[onnx.NodeProto]:
-    """The nodes as they read weights that are all float32, as the runtime keeps them: counters are turned into whole
-    numbers for whoever reads them."""
+    """The nodes as they read weights that are all float32, as the runtime keeps them: counters and flags get their
+    own type again for whoever reads them."""
     whole = {name for name, value in weights.items() if value.dtype != np.float32}
     read = sorted(whole.intersection(name for node in nodes for name in node.input))
-    casts = [helper.make_node("Cast", [n], [f"{n}/whole"], f"{n}/whole", to=TensorProto.INT64) for n in read]
+    types = {name: helper.np_dtype_to_tensor_dtype(weights[name].dtype) for name in read}
+    casts = [helper.make_node("Cast", [n], [f"{n}/whole"], f"{n}/whole", to=types[n]) for n in read]
     found = []
     for node in nodes:
         copy = onnx.NodeProto()
@@ -266,7 +267,7 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _no_gradient(
-    error: RuntimeError,
+    error: Exception,
     block: LocalBlock,
     task: TaskSpec,
     input_shape: Sequence[int],

@@ -54,6 +54,7 @@ def check(manifest: Manifest) -> None:
         _check_path(name)
         expect(entry.size >= 0 and len(entry.sha256) == 64, name, "a size and a sha256", entry)
     _check_input(manifest.input)
+    _check_chain(manifest)
     _check_choices(manifest)
 
 
@@ -63,7 +64,8 @@ def _check_graphs(manifest: Manifest) -> None:
     expect(count <= MAX_TENSORS, "manifest", f"at most {MAX_TENSORS} tensors", count)
     absent = _replaced(manifest)
     for graph in graphs:
-        expect(graph.file in manifest.files or graph.file in absent, graph.file, "a file listed in files", graph.file)
+        there = graph.file in manifest.files or any(graph is known for known in absent)
+        expect(there, graph.file, "a file listed in files", graph.file)
         for tensors in (graph.inputs, graph.outputs):
             for tensor in tensors:
                 _check_tensor(tensor, f"{graph.file}: {tensor.name[:64]}")
@@ -73,12 +75,31 @@ def _check_graphs(manifest: Manifest) -> None:
     _check_names(manifest.predict, ("x",), ("logits",))
 
 
-def _replaced(manifest: Manifest) -> set[str]:
+def _check_chain(manifest: Manifest) -> None:
+    """That a block takes what the one before it puts out, in every form that it has, and the first the samples."""
+    given = TensorSpec("x", (BATCH, *manifest.input.shape), manifest.input.dtype)
+    for block in manifest.blocks:
+        h = block.step.outputs[0]
+        second = (block.accumulation.gradient,) if block.accumulation else ()
+        for graph in (block.step, block.forward, *second):
+            _check_same(graph, graph.inputs[0], given)
+            _check_same(graph, graph.outputs[0], h)
+        if block.head is not None:
+            _check_same(block.head, block.head.inputs[0], h)
+        given = TensorSpec("x", h.shape, h.dtype)
+
+
+def _check_same(graph: GraphSpec, found: TensorSpec, expected: TensorSpec) -> None:
+    form = f"{expected.dtype} {list(expected.shape)}, as the other graphs say"
+    expect(found == expected, f"{graph.file}: {found.name[:64]}", form, f"{found.dtype} {list(found.shape)}")
+
+
+def _replaced(manifest: Manifest) -> tuple[GraphSpec, ...]:
     """The graphs that a bundle may only describe: all those that the artifacts of ONNX Runtime's training stand for."""
     if not all(block.ort_training and block.accumulation for block in manifest.blocks):
-        return set()
-    graphs = {g.file for b in manifest.blocks if b.accumulation for g in (b.step, b.accumulation.gradient)}
-    return graphs if graphs.isdisjoint(manifest.files) else set()
+        return ()
+    graphs = tuple(g for b in manifest.blocks if b.accumulation for g in (b.step, b.accumulation.gradient))
+    return graphs if manifest.files.keys().isdisjoint(g.file for g in graphs) else ()
 
 
 def _check_hints(graph: GraphSpec) -> None:
@@ -136,20 +157,25 @@ def _check_accumulation(block: BlockSpec, second: AccumulationSpec, metric: str)
 
 
 def _check_artifacts(block: BlockSpec, given: OrtTrainingSpec, metric: str) -> None:
-    """That the training model takes the block's state and a buffer for every gradient, all as float32."""
-    outputs = ("loss", "h", metric)
-    kept = [t for t in block.state() if t.kind in ("param", "buf")]
-    sums = block.accumulation.apply.inputs if block.accumulation else ()
-    known = {t.name: t.shape for t in kept} | {gradient_buffer(t.name): t.shape for t in sums if t.kind == "acc"}
-    known |= {t.name: t.shape for t in block.step.inputs if t.kind in ("", "rand") and t.name != "lr"} | {RESET: (1,)}
+    """That the training model takes the block's state and a buffer for every gradient, all as float32, and puts out
+    what the step graph does."""
+    expect(block.accumulation is not None, f"block {block.name}", "an update for its artifacts", None)
+    assert block.accumulation is not None
+    data = ("x", "y", *(mask.name for mask in block.masks))
+    kept = {t.name: t.shape for t in block.state() if t.kind in ("param", "buf")}
+    sums = {gradient_buffer(t.name): t.shape for t in block.accumulation.apply.inputs if t.kind == "acc"}
+    known = {t.name: (t.shape, t.dtype) for t in block.step.inputs if t.name in data}
+    known |= {name: (shape, "float32") for name, shape in (kept | sums).items()} | {RESET: ((1,), "bool")}
+    h, loss, count = block.step.outputs[:3]
     for graph in (given.training, given.evaluation):
-        found = tuple(t.name for t in graph.outputs[:3])
-        expect(found == outputs, graph.file, f"outputs that begin with {outputs}", found)
+        expect(graph.structure is None, graph.file, "no structure: its tensors are known by name", graph.structure)
+        expect(graph.outputs[:3] == (loss, h, count), graph.file, f"{metric}, loss and h as of the step", graph.outputs)
+        for tensor in graph.outputs[3:]:
+            expect((tensor.shape, tensor.dtype) == ((1,), "bool"), graph.file, "flags behind them", tensor)
         for tensor in graph.inputs:
-            expect(known.get(tensor.name) == tensor.shape, graph.file, "a tensor of the block", tensor)
-    missing = sorted(known.keys() - {t.name for t in given.training.inputs})
-    hyper = [name for name in missing if "/" in name]
-    expect(not hyper, given.training.file, "an input for all state and gradients", hyper)
+            expect(known.get(tensor.name) == (tensor.shape, tensor.dtype), graph.file, "a tensor of the block", tensor)
+    missing = sorted((kept | sums | {RESET: (1,)}).keys() - {t.name for t in given.training.inputs})
+    expect(not missing, given.training.file, "an input for all state, gradients and their reset", missing)
 
 
 def _check_memory(block: BlockSpec) -> None:
@@ -215,6 +241,7 @@ def _check_tensor(tensor: TensorSpec, where: str) -> None:
     expect(0 < len(tensor.name) <= MAX_NAME, where, f"a name of 1 to {MAX_NAME} characters", tensor.name)
     expect(len(tensor.shape) <= MAX_RANK, where, f"at most {MAX_RANK} dimensions", tensor.shape)
     expect(all(d == BATCH or (type(d) is int and d > 0) for d in tensor.shape), where, "positive dims", tensor.shape)
+    expect(BATCH not in tensor.shape[1:], where, "the batch in front or nowhere", tensor.shape)
     expect(tensor.dtype in DTYPES, where, f"one of {DTYPES}", tensor.dtype)
     expect(tensor.elements_per_sample() < 1 << 40, where, "fewer than 2^40 elements", tensor.shape)
 

@@ -113,7 +113,7 @@ def _check_operators(model: bytes) -> None:
     """That of the runtime's own domain only the known ones are used."""
     for graph in (as_bytes(f) for f in fields(model) if f[0] == 7):
         for node in (as_bytes(f) for f in fields(graph) if f[0] == 1):
-            parts = {number: value for number, _, value in fields(node)}
-            kind = bytes(parts.get(4, b"")).decode(errors="replace")
+            parts = {field[0]: as_bytes(field) for field in fields(node)}  # all fields of a node are bytes
+            kind = parts.get(4, b"").decode(errors="replace")
             if parts.get(7) == TRAINING_DOMAIN and kind not in TRAINING_OPERATORS:
                 raise BundleError(f"ONNX with the operator {kind!r}, which no training artifact has; export again")

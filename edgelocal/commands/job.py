@@ -148,6 +148,8 @@ class Job:
             self._keep_bound(read_progress(loaded.state))
         if self._plan is not None:
             reserve(self._plan.region_bytes, self._plan.region_limit)
+        elif request.budget_bytes is not None:  # nothing is planned; what is asked for is bounded all the same
+            reserve(0, max(0, request.budget_bytes - self._idle_bytes))
         tensors = loaded.state.tensors if loaded else None
         trainer = Trainer(
             self._bundle.manifest,

@@ -16,7 +16,7 @@ from edgelocal.bundle.folder import MANIFEST, Bundle, open_bundle, verify
 from edgelocal.bundle.spec import BlockSpec, Manifest, TaskSpec
 from edgelocal.data.formats.base import Labels
 from edgelocal.data.pipeline import pipeline_bytes
-from edgelocal.errors import BundleError
+from edgelocal.errors import BundleError, UsageError
 from edgelocal.machine.budget import format_size, parse_budget, rss_bytes, size_up
 from edgelocal.machine.device import describe
 from edgelocal.machine.profiles import Profile, find_profile, idle_process_bytes
@@ -25,8 +25,10 @@ from edgelocal.memory.peaks import Workload
 from edgelocal.memory.plan import Plan, Thresholds, has_model, idle_range, make_plan, make_thresholds
 from edgelocal.runtime.arena import give_back, start
 from edgelocal.training.cache import cache_precision
+from edgelocal.training.config import PORTABLE
 
-TRAINING_MODULES = ("training", "progress", "signals", "report.terminal")  # what `train` has loaded by then
+# What `train` has loaded by then, in its order.
+TRAINING_MODULES = ("commands.progress", "commands.signals", "commands.train", "report.terminal")
 VALIDATION_SHARE = 5  # one sample to validate with for so many to train with
 
 
@@ -89,7 +91,7 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
     """The plan, and what follows from it, as plain values.
 
     Raises:
-        UsageError: no such profile, or the budget is not one.
+        UsageError: no such profile, the budget is not one, or the bundle has only what nothing is planned for.
         BundleError: the bundle says nothing of its memory; or it is damaged, and there is no profile.
         BudgetError: no plan fits.
     """
@@ -98,6 +100,11 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
     usable = device.effective_bytes if profile is None else profile.usable_bytes
     budget = parse_budget(request.memory_budget, usable)
     manifest = bundle.manifest
+    if PORTABLE not in manifest.runtimes:
+        raise UsageError(
+            f"{bundle.folder} has training artifacts only, and for these nothing is planned; export it with "
+            "--runtime portable or both"
+        )
     if not has_model(manifest):
         raise BundleError(f"{bundle.folder} does not say what memory its blocks need (schema 1): export it again")
     idle, spare = _idle_bytes(bundle, profile)

@@ -129,17 +129,10 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
         EdgelocalError: see errors.py; whatever was committed before stands.
     """
     start()
-    if request.config.runtime == ORT_TRAINING and not has_training():
-        row = package(describe(), "ort-training")
-        there = (
-            f"{row.command} in an environment of its own, or" if row else "none is made for this machine and Python;"
-        )
-        raise RuntimeMissingError(
-            "the artifacts need ONNX Runtime's training build, and the one installed here is another: "
-            f"{there} train with --runtime portable"
-        )
     bundle = open_bundle(request.bundle)
     manifest = bundle.manifest
+    if request.config.runtime == ORT_TRAINING and not has_training():
+        raise _no_training_build(PORTABLE in manifest.runtimes)
     verify(bundle)  # damage is found now, not when the block's turn comes after hours
     if any(holds_images(path) for path in (request.data, request.validation) if path is not None):
         warm_up()
@@ -165,6 +158,20 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
             replan = partial(_plan, request, bundle, data, validation, measured, wanted or info.micro_batches)
             job = Job(request, display, bundle, info, data, validation, stop, measured, replan)
             return job.run(plan, continued)
+
+
+def _no_training_build(portable: bool) -> RuntimeMissingError:
+    """What to do without it; `portable`: whether the bundle has step graphs."""
+    row = package(describe(), "ort-training")
+    remedies = [f"{row.command} in an environment of its own"] if row else []
+    remedies.append(
+        "train with --runtime portable" if portable else "export the bundle with --runtime portable or both"
+    )
+    none = "" if row else " (none is made for this machine and Python)"
+    return RuntimeMissingError(
+        "the artifacts need ONNX Runtime's training build, and the one installed here is another"
+        f"{none}: {', or '.join(remedies)}"
+    )
 
 
 def settled(config: TrainConfig, out: Path, bundle: Bundle, samples: int) -> TrainConfig:

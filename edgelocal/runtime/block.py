@@ -189,7 +189,8 @@ class Block:
         second = self.spec.accumulation
         assert second is not None, "bundles with artifacts have a second form"
         model = self._graphs.get(artifacts.training, training=True)
-        found = run_artifacts(model, {"x": x, "y": y, **masks}, state, second, release=release)
+        data = {"x": x, "y": y, **masks}
+        found = run_artifacts(model, artifacts.training, data, state, second, release=release)
         self._run(second.apply, _scalars(hyper), found.state, {}, release)
         state |= {name: tensor for name, tensor in found.state.items() if name in state}
         written = found.h.array().nbytes + found.gradient_bytes

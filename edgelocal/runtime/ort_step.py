@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgelocal.bundle.artifacts import RESET, gradient_buffer
-from edgelocal.bundle.spec import AccumulationSpec
+from edgelocal.bundle.spec import AccumulationSpec, GraphSpec
+from edgelocal.errors import BundleError
 from edgelocal.runtime.session import Graph, Tensor
+from edgelocal.storage.tensors import Array
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,38 @@ class Gradients:
 
 
 def run_artifacts(
-    model: Graph, data: Mapping[str, Tensor], state: Mapping[str, Tensor], second: AccumulationSpec, *, release: bool
+    model: Graph,
+    spec: GraphSpec,
+    data: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    second: AccumulationSpec,
+    *,
+    release: bool,
 ) -> Gradients:
-    """Run the training model `model` on a batch; `second` says which gradients the update takes.
+    """Run the training model `model`, described by `spec`, on a batch; `second` says which gradients the update takes.
 
     Raises:
-        BundleError, OverBudgetError: as of `Graph.run`.
+        BundleError: it wants what nobody knows, and as of `Graph.run`.
+        OverBudgetError: as of `Graph.run`.
     """
-    sums = {t.name: Tensor.empty(t.resolve(1), t.dtype) for t in second.apply.inputs if t.kind == "acc"}
+    sums = {t.name: Tensor(np.zeros(t.resolve(1), t.dtype)) for t in second.apply.inputs if t.kind == "acc"}
     feeds: dict[str, Tensor] = {**state, **data, **{gradient_buffer(name): tensor for name, tensor in sums.items()}}
     feeds[RESET] = Tensor(np.array([True]))  # what is in the buffers is overwritten
-    counters = {name for name, tensor in state.items() if tensor.array().dtype != np.float32}
-    for name in counters:  # all state is float32 in the artifacts
-        feeds[name] = Tensor(state[name].array().astype(np.float32))
-    batch = data["x"].batch
-    results = {t.name: Tensor.empty(t.resolve(batch), t.dtype) for t in model.spec.outputs}
-    model.run([feeds[t.name] for t in model.spec.inputs], list(results.values()), release=release)
-    whole = {name: Tensor(feeds[name].array().astype(np.int64)) for name in counters}
-    metric = model.spec.outputs[2].name
+    own = {name: tensor.array() for name, tensor in state.items() if tensor.array().dtype != np.float32}
+    for name, array in own.items():  # all state is float32 in the artifacts
+        feeds[name] = Tensor(array.astype(np.float32))
+    missing = [t.name for t in spec.inputs if t.name not in feeds]
+    if missing:
+        raise BundleError(f"{spec.file} wants {missing[0]!r}, which is not known here; export the bundle again")
+    results = {t.name: Tensor.empty(t.resolve(data["x"].batch), t.dtype) for t in spec.outputs}
+    model.run([feeds[t.name] for t in spec.inputs], list(results.values()), release=release)
+    whole = {name: _as_it_was(feeds[name].array(), array) for name, array in own.items()}
+    metric = spec.outputs[2].name
     size = sum(tensor.array().nbytes for tensor in sums.values())
     return Gradients(results["h"], results["loss"].item(), results[metric].item(), {**state, **whole, **sums}, size)
+
+
+def _as_it_was(found: Array, before: Array) -> Tensor:
+    """In its own type what the model had as float32; what it did not change, or float32 cannot hold, bit by bit."""
+    changed = not np.array_equal(found, before.astype(np.float32))
+    return Tensor(found.astype(before.dtype) if changed else before)

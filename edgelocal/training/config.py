@@ -78,7 +78,10 @@ class TrainConfig:
 
     def fingerprint(self, bundle_digest: str, data_digest: str) -> str:
         """What a checkpoint must agree with to be continued: these settings, the bundle and the data."""
-        payload = json.dumps([self.as_dict(), bundle_digest, data_digest], sort_keys=True)
+        own = self.as_dict()
+        if self.runtime == PORTABLE:
+            del own["runtime"]  # runs from before there was another have no word of it
+        payload = json.dumps([own, bundle_digest, data_digest], sort_keys=True)
         return hashlib.sha256(payload.encode()).hexdigest()
 
 

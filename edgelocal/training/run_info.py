@@ -15,7 +15,7 @@ from edgelocal.errors import CheckpointError
 from edgelocal.runtime.library import runtime_info
 from edgelocal.storage.decode import decode, expect, unique
 from edgelocal.storage.disk import read_regular, reason
-from edgelocal.training.config import TRAINING_SCHEDULES, TrainConfig
+from edgelocal.training.config import PORTABLE, TRAINING_SCHEDULES, TrainConfig
 
 RUN = "run.json"
 FORMAT = "edgelocal-run"
@@ -106,6 +106,8 @@ def _parse_run(data: bytes) -> RunInfo:
     if kind != FORMAT or (type(schema) is int and schema > SCHEMA):
         raise CheckpointError(f"has format {kind} {schema}, this edgelocal reads {FORMAT} {SCHEMA}")
     expect(type(schema) is int and schema >= 1, "schema", "a positive integer", schema)
+    if isinstance(raw.get("config"), dict):
+        raw["config"].setdefault("runtime", PORTABLE)  # runs from before there was another
     info: RunInfo = decode(RunInfo, raw, RUN)
     os.fsencode(info.bundle)  # what names no file is no path
     expect("\0" not in info.bundle, "bundle", "a path", info.bundle)
