@@ -43,9 +43,12 @@ def blame(error: Failure, module: nn.Module, inputs: Sequence[torch.Tensor], blo
     return ExportError(f"{where} cannot be exported{f', at {operator}' if operator else ''}: {error}")
 
 
-def blame_operator(target: str, module: nn.Module, inputs: Sequence[torch.Tensor], block: LocalBlock) -> str:
-    """The innermost submodule of `module` in whose forward pass the ATen operator `target` occurs, in words."""
-    path, culprit, _ = _culprit(module, inputs, partial(_has, target))
+def blame_operator(
+    target: str, operator: str, module: nn.Module, inputs: Sequence[torch.Tensor], block: LocalBlock
+) -> str:
+    """The innermost submodule of `module` in whose forward pass the ATen operator `target` becomes the ONNX operator
+    `operator`, in words."""
+    path, culprit, _ = _culprit(module, inputs, partial(_has, target, operator))
     return _where(path, culprit, block)
 
 
@@ -104,15 +107,17 @@ def _fails_alike(error: Failure, child: nn.Module, arguments: Tensors) -> bool:
     return False
 
 
-def _has(target: str, child: nn.Module, arguments: Tensors) -> bool:
+def _has(target: str, operator: str, child: nn.Module, arguments: Tensors) -> bool:
     batch = Batch()
     fakes = [batch.tensor(a.shape[1:], a.dtype) for a in arguments]
     try:
         with torch.no_grad():
             traced = trace(_Probe(child), fakes, batch, joint=False)
-    except TraceError:
+            builder = GraphBuilder(batch_of=traced.user_inputs[0], derived=True)
+            lower(traced.graph, builder, {n.name: n.name for n in traced.graph.nodes if n.op == "placeholder"})
+    except (TraceError, UnsupportedOperatorError):
         return False
-    return any(str(node.target) == target for node in traced.graph.nodes)
+    return any(node.op_type == operator and builder.origins.get(node.name) == target for node in builder.nodes)
 
 
 class _Probe(nn.Module):

@@ -88,9 +88,11 @@ class Mask(NamedTuple):
 
 
 class GraphBuilder:
-    """Collects nodes in the order of execution. `batch_of` is a graph input whose first dimension is the batch."""
+    """Collects nodes in the order of execution. `batch_of` is a graph input whose first dimension is the batch;
+    `derived` says that another will derive its gradients (`exporters.ort_training`), which not all operators stand."""
 
-    def __init__(self, batch_of: str) -> None:
+    def __init__(self, batch_of: str, *, derived: bool = False) -> None:
+        self.derived = derived
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.masks: list[Mask] = []

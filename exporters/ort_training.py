@@ -6,8 +6,9 @@ the running statistics. Their new values, which nothing in those artifacts would
 the operator that the runtime adds gradients up with (`InPlaceAccumulatorV2`, told to overwrite).
 
 Mended besides: the optimizer model is written at the newest IR version that `onnx` knows, which the runtime does not
-read; operator sets are listed that nothing uses; and the evaluation model would be the training graph, dropout, batch
-statistics and all, so the one of inference mode takes its place.
+read; operator sets are listed that nothing uses; AdamW would be that of another library; and the evaluation model
+would be the training graph, dropout, batch statistics and all, so the one of inference mode takes its place. What was
+made is run once (`ort_trial`): a gradient may be derived that the runtime cannot compute.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from edgelocal.bundle.onnx_scan import scan
 from edgelocal.bundle.spec import TaskSpec, TensorSpec
-from edgelocal.errors import ExportError, UsageError
+from edgelocal.errors import BundleError, ExportError, UsageError
 from edgelocal.exporters.blame import blame_operator
 from edgelocal.exporters.lowering import lower
 from edgelocal.exporters.onnx_block import (
@@ -44,6 +46,7 @@ from edgelocal.exporters.onnx_block import (
 from edgelocal.exporters.onnx_graph import IR_VERSION, OPSET, GraphBuilder
 from edgelocal.exporters.onnx_step import metric_names, target_spec
 from edgelocal.exporters.optimizers import Optimizer
+from edgelocal.exporters.ort_trial import complaint
 from edgelocal.exporters.rules import LocalBlock
 from edgelocal.exporters.step import LocalStep
 from edgelocal.storage.tensors import Array
@@ -52,7 +55,9 @@ Signature: TypeAlias = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 
 DOMAIN = "com.microsoft"
 OVERWRITE = "overwrite"
+PYTORCH_ADAMW = 0  # of the operator's `adam_mode`; 1 is that of HF transformers
 _NO_GRADIENT = re.compile(r"gradient builder has not been registered: (\w+) for node (\S+)")
+_NO_KERNEL = re.compile(r"implementation for (\w+)Grad\(\d+\) node with name '([^']*?)_Grad/")
 
 
 @dataclass(frozen=True)
@@ -106,11 +111,29 @@ def make_artifacts(
                     artifact_directory=folder,
                 )
         except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise _no_gradient(error, block, task, input_shape, dtype, origins) from error
+            raise _no_gradient(str(error), block, task, input_shape, dtype, origins) from error
         training, update = (_mended(Path(folder) / f"{name}_model.onnx") for name in ("training", "optimizer"))
         checkpoint = (Path(folder) / "checkpoint").read_bytes()
-    order = [value.name for value in training.graph.input if value.name in weights]
-    return Artifacts(training, _evaluation(inference.model, order, weights), update, checkpoint)
+        order = [value.name for value in training.graph.input if value.name in weights]
+        made = Artifacts(training, _evaluation(inference.model, order, weights), update, checkpoint)
+        found = _tried(made, Path(folder))
+    if found is not None:
+        raise _no_gradient(found, block, task, input_shape, dtype, origins)
+    return made
+
+
+def _tried(made: Artifacts, folder: Path) -> str | None:
+    """What the runner, or the runtime, has against the models."""
+    models = {folder / "trained.onnx": made.training, folder / "evaluated.onnx": made.evaluation}
+    for path, model in models.items():
+        path.write_bytes(model.SerializeToString())
+    found = complaint(list(models))
+    if found is None:
+        try:
+            scan((folder / "trained.onnx").read_bytes(), training=True)
+        except BundleError as error:
+            found = str(error)
+    return found
 
 
 def _generator() -> ModuleType:
@@ -159,7 +182,7 @@ def _local_graph(
     and the ATen operator that every node came from."""
     module = LocalStep(block, task).train(training)
     arguments = ((tuple(input_shape), dtype), target_spec(task))
-    builder = GraphBuilder(batch_of="x")
+    builder = GraphBuilder(batch_of="x", derived=True)
     with torch.no_grad(), block_trace(module, block, arguments, joint=False) as (traced, tensors):
         names = dict(zip(traced.user_inputs, ("x", "y"), strict=True)) | tensors.value_names()
         values = lower(traced.graph, builder, names)
@@ -245,8 +268,12 @@ def _model(
 
 
 def _mended(path: Path) -> onnx.ModelProto:
-    """The model at an IR version that every release reads, without operator sets that it does not use."""
+    """The model at an IR version that every release reads, without operator sets that it does not use. AdamW is told to
+    correct for the first steps as PyTorch does; its other way of doing it lets eps count for 32 times as much in them.
+    """
     model = onnx.load(path)
+    for attribute in (a for node in model.graph.node for a in node.attribute if a.name == "adam_mode"):
+        attribute.i = PYTORCH_ADAMW
     model.ir_version = IR_VERSION
     used = {node.domain for node in model.graph.node} | {""}
     kept = [opset for opset in model.opset_import if opset.domain in used]
@@ -267,23 +294,23 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _no_gradient(
-    error: Exception,
+    said: str,
     block: LocalBlock,
     task: TaskSpec,
     input_shape: Sequence[int],
     dtype: torch.dtype,
     origins: Mapping[str, str],
 ) -> ExportError:
-    """What the generator could not derive, as the user should read it."""
-    found = _NO_GRADIENT.search(str(error))
+    """What the generator could not derive, or the runtime not run, as the user should read it."""
+    found = _NO_GRADIENT.search(said) or _NO_KERNEL.search(said)
     if found is None:
-        last = str(error).strip().splitlines()[-1][-300:]
+        last = said.strip().splitlines()[-1][-300:]
         return ExportError(
             f"block {block.name}: ONNX Runtime's artifacts cannot be made: {last}; use --runtime portable"
         )
     target = origins.get(found[2], found[1])
     module = LocalStep(block, task).train()
-    where = blame_operator(target, module, examples(((tuple(input_shape), dtype), target_spec(task))), block)
+    where = blame_operator(target, found[1], module, examples(((tuple(input_shape), dtype), target_spec(task))), block)
     return ExportError(
         f"{where} uses {target}: ONNX Runtime's training build has no gradient for its operator {found[1]}; export "
         "with --runtime portable, whose gradients are PyTorch's, or replace it in the network"

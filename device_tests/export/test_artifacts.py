@@ -20,9 +20,12 @@ from onnx import TensorProto
 from edgelocal.bundle.folder import open_bundle, verify
 from edgelocal.commands.export_options import ExportOptions
 from edgelocal.errors import ExportError, UsageError
+from edgelocal.exporters.ort_trial import complaint
 from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.request import make_request
 from edgelocal.runtime.library import has_training
+from edgelocal.runtime.session import Tensor
+from edgelocal.training.run import load_blocks
 
 DOC = Path(__file__).parents[2] / "docs/ort-training.md"
 TRAINS = has_training() and importlib.util.find_spec("onnxruntime.training") is not None
@@ -40,6 +43,35 @@ class Most(nn.Module):
 class Sums(nn.Module):
     def forward(self, x):
         return x.cumsum(1)
+
+class Norm(nn.Module):
+    def forward(self, x):
+        return (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), keepdim=True) + 1e-5).sqrt()
+
+class Buffers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.arange(8).view(8, 1, 1) % 2 == 0)
+        self.register_buffer("large", torch.tensor([2 ** 24 + 1, 2 ** 53]))
+
+    def forward(self, x):
+        return torch.where(self.mask, x, -x) + 0 * self.large[0].float()
+
+LAYERS = {
+    "average pool": lambda: nn.AvgPool2d(2), "padded pool": lambda: nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+    "max pool": lambda: nn.MaxPool2d(3, 2, 1), "silu": nn.SiLU, "gelu": nn.GELU, "hardswish": nn.Hardswish,
+    "leaky relu": nn.LeakyReLU, "prelu": lambda: nn.PReLU(8), "elu": nn.ELU, "variance": Norm,
+    "batch norm": lambda: nn.BatchNorm2d(8), "group norm": lambda: nn.GroupNorm(2, 8),
+    "groups": lambda: nn.Conv2d(8, 8, 3, groups=8, dilation=2, padding=2),
+    "upsample": lambda: nn.Upsample(scale_factor=2),
+    "dropout": lambda: nn.Dropout(0.3), "buffers": Buffers,
+    "transposed": lambda: nn.ConvTranspose2d(8, 8, 2, 2),
+}
+
+def layer(name):
+    middle = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), LAYERS[name]())
+    last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    return nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), middle, last)
 
 def first():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -80,6 +112,82 @@ def test_an_operator_without_a_gradient_is_named_with_its_module(
     with pytest.raises(ExportError, match=words.replace("(", r"\(").replace(")", r"\)")):
         exported(tmp_path, f"{tmp_path / 'net.py'}:{network}", input_shape="3x8x8")
     assert not (tmp_path / "b").exists()
+
+
+LAYERS = (
+    *("average pool", "padded pool", "max pool", "silu", "gelu", "hardswish", "leaky relu", "prelu", "elu", "variance"),
+    *("batch norm", "group norm", "groups", "upsample", "dropout", "buffers"),
+)
+
+
+def one_layer(tmp_path: Path, name: str) -> Path:
+    (tmp_path / "net.py").write_text(f"{NETWORKS}\ndef net():\n    return layer({name!r})\n")
+    return exported(tmp_path, f"{tmp_path / 'net.py'}:net", input_shape="3x8x8")
+
+
+@training_build
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_trained_by_its_artifacts_as_by_its_step_graph(tmp_path: Path, name: str) -> None:
+    bundle = open_bundle(one_layer(tmp_path, name))
+    portable, artifacts = (load_blocks(bundle, 1, None, artifacts=own)[0] for own in (False, True))
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        x, y = rng.normal(size=(6, 3, 8, 8)).astype(np.float32), rng.integers(0, 10, 6)
+        hyper = {"lr": 0.1, **bundle.manifest.optimizer.hyper}
+        losses = [b.step(Tensor.of(x), Tensor.of(y), hyper, 0, number).loss for b in (portable, artifacts)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    after = artifacts.state()
+    for key, value in portable.state().items():
+        assert after[key].dtype == value.dtype
+        if value.dtype == np.float32:  # a bias in front of a normalisation has a gradient of rounding errors
+            np.testing.assert_allclose(after[key], value, rtol=1e-3, atol=1e-4, err_msg=key)
+        else:
+            np.testing.assert_array_equal(after[key], value, err_msg=key)
+
+
+@training_build
+def test_a_gradient_that_the_runtime_cannot_compute_is_named_with_its_module(tmp_path: Path) -> None:
+    words = r"module 1.1 \(ConvTranspose2d\) uses aten.convolution.default: .* gradient for its operator ConvTranspose;"
+    with pytest.raises(ExportError, match=words):
+        one_layer(tmp_path, "transposed")
+    assert not (tmp_path / "b").exists()
+
+
+@training_build
+def test_what_ends_a_process_that_runs_it_is_a_complaint_and_not_our_end(tmp_path: Path) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGFPE)"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        assert complaint([tmp_path / "m.onnx"]) == "running it ends the process (SIGFPE)"
+
+
+@training_build
+def test_the_optimizer_of_the_artifacts_is_pytorchs_adamw(tmp_path: Path) -> None:
+    """Small gradients included, where eps counts."""
+    from onnxruntime.training.api import CheckpointState, Module
+    from onnxruntime.training.api import Optimizer as Updates
+
+    folder = exported(tmp_path, optimizer="adamw", weight_decay=0.1) / "blocks/00/ort_training"
+    state = CheckpointState.load_checkpoint(str(folder / "checkpoint"))
+    model = Module(str(folder / "training_model.onnx"), state, str(folder / "eval_model.onnx"))
+    update = Updates(str(folder / "optimizer_model.onnx"), model)
+    # The first layer's: its gradient is as small as the samples.
+    name = next(n for n, p in state.parameters if n.endswith(".weight") and p.data.shape[-1] == 16)
+    weight = torch.nn.Parameter(torch.from_numpy(np.array(state.parameters[name].data)).double())
+    eager = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1)
+    update.set_learning_rate(1e-2)
+    rng = np.random.default_rng(0)
+    model.train()
+    for _ in range(3):
+        x, y = (1e-6 * rng.normal(size=(4, 16))).astype(np.float32), rng.integers(0, 10, 4)
+        model(x, y)
+        weight.grad = torch.from_numpy(np.array(state.parameters[name].grad)).double()
+        assert 0 < weight.grad.abs().max() < 1e-5
+        update.step()
+        model.lazy_reset_grad()
+        eager.step()
+        np.testing.assert_allclose(state.parameters[name].data, weight.detach().numpy(), rtol=0, atol=1e-5)
 
 
 @training_build

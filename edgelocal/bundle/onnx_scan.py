@@ -73,7 +73,8 @@ TRAINING_OPERATORS = frozenset(
     (
         *("InPlaceAccumulatorV2", "Scale", "FusedMatMul", "SplitTraining", "ConcatTraining", "ConvGrad", "ReluGrad"),
         *("SoftmaxGrad_13", "LogSoftmaxGrad_13", "LayerNormalizationGrad", "GeluGrad", "SigmoidGrad", "TanhGrad"),
-        *("LeakyReluGrad", "AveragePoolGrad", "GatherGrad", "GatherElementsGrad", "GatherNDGrad", "SliceGrad"),
+        *("QuickGelu", "QuickGeluGrad", "DivGrad"),
+        *("LeakyReluGrad", "GatherGrad", "GatherElementsGrad", "GatherNDGrad", "SliceGrad"),
     )
 )
 _TRAINING_NODE = replace(_NODE, bound={7: (*DOMAINS, TRAINING_DOMAIN)})

@@ -25,7 +25,7 @@ from edgelocal.memory.peaks import Workload
 from edgelocal.memory.plan import Plan, Thresholds, has_model, idle_range, make_plan, make_thresholds
 from edgelocal.runtime.arena import give_back, start
 from edgelocal.training.cache import cache_precision
-from edgelocal.training.config import PORTABLE
+from edgelocal.training.config import ORT_TRAINING
 
 # What `train` has loaded by then, in its order.
 TRAINING_MODULES = ("commands.progress", "commands.signals", "commands.train", "report.terminal")
@@ -100,7 +100,7 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
     usable = device.effective_bytes if profile is None else profile.usable_bytes
     budget = parse_budget(request.memory_budget, usable)
     manifest = bundle.manifest
-    if PORTABLE not in manifest.runtimes:
+    if manifest.runtimes == (ORT_TRAINING,):
         raise UsageError(
             f"{bundle.folder} has training artifacts only, and for these nothing is planned; export it with "
             "--runtime portable or both"

@@ -120,7 +120,8 @@ def _avg_pool(
     divisor: int | None = None,
 ) -> str:
     sizes = _pair(kernel)
-    if divisor is not None or ceil_mode:  # ONNX has no divisor, and older runtimes divide a cut window wrongly
+    # ONNX has no divisor, older runtimes divide a cut window wrongly, and the training build dies of AveragePoolGrad.
+    if divisor is not None or ceil_mode or b.derived:
         out = node.meta["val"].shape[2:]
         rows, columns = _windows(x.shape[2:], out, sizes, stride, padding, count_include_pad, divisor)
         return _sandwich(b, x, rows, columns.T)
