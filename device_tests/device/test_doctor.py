@@ -436,6 +436,15 @@ def test_age_and_numpy_are_those_of_the_runtime_that_is_kept() -> None:
     assert 'built for numpy 1 and fails with numpy 2.0.0 -> pip install --upgrade "onnxruntime>=1.19"' in found(report)
 
 
+def test_a_release_that_dies_on_some_arm_cores_is_a_problem_there_only() -> None:
+    arm = examine(machine("aarch64", "", "3.11"), {"numpy": "2.0.0", "onnxruntime": "1.21.0"})
+    assert "onnxruntime 1.21.0 does not run on every aarch64 machine" in found(arm)
+    assert '-> pip install --upgrade "onnxruntime>=1.20,!=1.21.*"' in found(arm)
+    assert not examine(machine("x86_64", "", "3.11"), {"numpy": "2.0.0", "onnxruntime": "1.21.0"}).problems
+    old = examine(machine("aarch64", "", "3.11"), {"numpy": "1.26.0", "onnxruntime": "1.19.2"})
+    assert 'older than 1.20 -> pip install --upgrade "onnxruntime>=1.20,!=1.21.*"' in found(old)
+
+
 def test_no_row_names_a_runtime_that_is_unknown_or_too_old() -> None:
     for row in TABLE:
         assert row.name.split("[")[0] in RUNTIMES

@@ -14,8 +14,10 @@ import pytest
 
 from device_tests.device.golden_steps import EXPECTED, LR, batches, losses
 from device_tests.device.runs import ARTIFACTS, RESIDUAL, answer, copy_bundle, edit_manifest, last_state, write_data
+from edgelocal.bundle.artifacts import RESET
 from edgelocal.bundle.folder import open_bundle, verify
 from edgelocal.bundle.onnx_scan import TRAINING_DOMAIN, scan
+from edgelocal.bundle.protobuf import BYTES, FIXED64, VARINT, render
 from edgelocal.errors import BundleError
 from edgelocal.machine.device import describe
 from edgelocal.machine.packages import package
@@ -79,6 +81,15 @@ def test_a_plain_runtime_is_told_from_a_training_build(tmp_path: Path) -> None:
     assert "training build" in refused["error"]
     assert ("onnxruntime-training-cpu" in refused["error"]) == (package(describe(), "ort-training") is not None)
     assert not (tmp_path / "run").exists()
+    assert "train with --runtime portable" in refused["error"]
+    alone = bundle_without_steps(tmp_path / "alone")
+    refused = answer("train", alone, "--data", data, "--out", tmp_path / "run", *TRAIN, code=2)
+    assert "export the bundle with --runtime portable or both" in refused["error"]
+
+
+def test_nothing_is_planned_for_artifacts_alone(tmp_path: Path) -> None:
+    refused = answer("plan", bundle_without_steps(tmp_path / "alone"), code=2)
+    assert "has training artifacts only, and for these nothing is planned" in refused["error"]
 
 
 def test_a_bundle_without_artifacts_is_not_trained_by_them(tmp_path: Path) -> None:
@@ -87,6 +98,8 @@ def test_a_bundle_without_artifacts_is_not_trained_by_them(tmp_path: Path) -> No
     assert "export it with --runtime ort-training" in answer(*given, code=2)["error"]
     given = ("train", ARTIFACTS, *given[2:], "--micro-batch", 4)
     assert "--micro-batch needs --runtime portable" in answer(*given, code=2)["error"]
+    given = (*given[:-2], "--on-oom", "replan")
+    assert "--on-oom replan needs --runtime portable" in answer(*given, code=2)["error"]
 
 
 def bundle_without_steps(folder: Path) -> Path:
@@ -117,7 +130,13 @@ def test_step_graphs_may_be_missing_where_artifacts_stand_for_all_of_them(tmp_pa
         assert "training build" in answer(*given, code=2)["error"]
 
 
-@pytest.mark.parametrize("change", ["one step missing", "a parameter renamed", "outputs in another order"])
+SPOILT = (
+    *("one step missing", "a parameter renamed", "outputs in another order", "another h", "losses", "a flag of floats"),
+    *("no reset", "a hyper-parameter", "a structure", "no update", "a step that stands for others"),
+)
+
+
+@pytest.mark.parametrize("change", SPOILT)
 def test_artifacts_that_do_not_fit_the_block_are_refused(tmp_path: Path, change: str) -> None:
     bundle = copy_bundle(ARTIFACTS, tmp_path / "b")
 
@@ -128,8 +147,27 @@ def test_artifacts_that_do_not_fit_the_block_are_refused(tmp_path: Path, change:
             del manifest["files"][block["step"]["file"]]
         elif change == "a parameter renamed":
             next(t for t in training["inputs"] if t["name"].startswith("param/"))["name"] = "param/other"
-        else:
+        elif change == "outputs in another order":
             training["outputs"][:2] = training["outputs"][1::-1]
+        elif change == "another h":
+            training["outputs"][1]["shape"][0] = 1
+        elif change == "losses":
+            training["outputs"][0]["shape"] = ["N"]
+        elif change == "a flag of floats":
+            training["outputs"][3]["dtype"] = "float32"
+        elif change == "no reset":
+            training["inputs"] = [t for t in training["inputs"] if t["name"] != RESET]
+        elif change == "a hyper-parameter":
+            training["inputs"].append({"name": "momentum", "shape": [], "dtype": "float32"})
+        elif change == "a structure":
+            training["structure"] = "one"
+        elif change == "no update":
+            manifest["schema"] = 1
+            del block["accumulation"]
+        else:
+            for own in manifest["blocks"]:
+                del manifest["files"][own["step"]["file"]], manifest["files"][own["accumulation"]["gradient"]["file"]]
+            block["forward"]["file"] = block["step"]["file"]
 
     edit_manifest(bundle, spoil)
     with pytest.raises(BundleError):
@@ -227,3 +265,31 @@ def test_a_run_goes_on_bit_by_bit_and_not_on_another_runtime(tmp_path: Path) -> 
     assert again["blocks"][0]["training"] == begun["blocks"][0]["training"] == whole["blocks"][0]["training"]
     other = (*given[:-4], "--runtime", "portable", "--out", tmp_path / "begun")
     assert "runtime" in answer(*other, code=4)["error"]
+
+
+def hidden(kind: bytes, *, first: bool) -> bytes:
+    """A model with a node of the runtime's own domain whose operator is said twice, in two wire types."""
+    op_type = [(4, BYTES, kind), (4, FIXED64, b"ReluGrad")]
+    node = [*(op_type if first else op_type[::-1]), (7, BYTES, b"com.microsoft")]
+    return render([(1, VARINT, 8), (7, BYTES, render([(1, BYTES, render(node))]))])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_operator_cannot_hide_behind_another_wire_type(first: bool) -> None:
+    with pytest.raises(BundleError, match="wire type 1"):
+        scan(hidden(b"WaitEvent", first=first), training=True)
+
+
+def test_an_operator_s_name_is_no_number() -> None:
+    node = render([(4, VARINT, 3_000_000_000), (7, BYTES, b"com.microsoft")])
+    with pytest.raises(BundleError, match="wire type 0"):
+        scan(render([(1, VARINT, 8), (7, BYTES, render([(1, BYTES, node)]))]), training=True)
+
+
+@training_build
+def test_the_budget_bounds_what_is_asked_for(tmp_path: Path) -> None:
+    """Nothing is planned for the artifacts; memory that is not there is refused before it is taken."""
+    data = write_data(tmp_path / "d.npz", RESIDUAL, 512)
+    given = ("train", ARTIFACTS, "--data", data, "--out", tmp_path / "run", "--runtime", "ort-training")
+    small = answer(*given, "--epochs", 2, "--batch", 512, "--memory-budget", "76MiB", code=3)
+    assert "memory" in small["error"]

@@ -34,8 +34,7 @@ def doctor_table(report: dict[str, Any]) -> Table:
     table.add_row("Python", device["python"])
     for name, version in report["packages"].items():
         table.add_row(name, version)
-    if not report["runtimes"] or "(" in report["advice"]:
-        table.add_row("runtime for this machine", Text(report["advice"]))
+    table.add_row("runtime for this machine", Text(report["advice"]))
     table.add_row("training build", Text(report["training"]))
     for problem in report["problems"]:
         table.add_row(Text("problem", style="red"), Text(f"{problem['found']}\n-> {problem['remedy']}"))

@@ -59,7 +59,10 @@ def bundle_table(info: dict[str, Any]) -> Table:
     rule = info["rule"]
     table = Table(title=f"{info['network']}: {info['units']} units, rule {rule['name']}", title_justify="left")
     table.caption_justify = "left"
-    table.caption = "MACs of training a sample; again: those of them done a second time, to need less memory"
+    table.caption = (
+        "MACs of training a sample; again: those of them done a second time, to need less memory\n"
+        f"for train --runtime {' or '.join(info['runtimes'])}"
+    )
     table.add_column("block")
     table.add_column("units", overflow="fold")
     for name in ("output", "params", "aux", "state", "MACs", "again"):

@@ -18,6 +18,7 @@ from edgelocal import __version__
 from edgelocal.bundle.spec import TensorSpec
 from edgelocal.machine.budget import format_size
 from edgelocal.report.words import loss_text
+from edgelocal.training.config import PORTABLE
 from edgelocal.training.run_info import RunInfo
 from edgelocal.training.trainer import Trainer
 
@@ -45,7 +46,8 @@ class Display:
         epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
         self._line(
             f"{config.schedule}, {epochs} of {len(trainer.train)} samples, batch {config.batch}, "
-            f"{trainer.manifest.optimizer.name} lr {config.lr} {config.lr_schedule}, budget {budget}\n"
+            f"{trainer.manifest.optimizer.name} lr {config.lr} {config.lr_schedule}, budget {budget}, by the "
+            f"{'step graphs' if config.runtime == PORTABLE else 'training artifacts'}\n"
             f"edgelocal {__version__}, Python {platform.python_version()}, numpy {np.__version__}, onnxruntime "
             f"{info.runtime['onnxruntime']} {info.runtime['provider']} on {info.runtime['machine']}; exported with "
             f"{', '.join(f'{name} {version}' for name, version in trainer.manifest.versions.items())}\n"

@@ -52,6 +52,7 @@ def make_report(
         "rule": manifest.rule.name,
         "loss": manifest.task.loss,
         "schedule": trainer.config.schedule,
+        "trained_by": trainer.config.runtime,
         "batch": trainer.config.batch,
         "blocks": blocks,
         "validation": scores[-1] if scores else None,

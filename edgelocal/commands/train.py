@@ -77,6 +77,8 @@ def make_request(
     )
     if config.runtime == ORT_TRAINING and micro_batch is not None:
         raise UsageError("--micro-batch needs --runtime portable: the artifacts take the whole batch at once")
+    if config.runtime == ORT_TRAINING and on_oom == "replan":
+        raise UsageError("--on-oom replan needs --runtime portable: for the artifacts nothing is planned")
     if not checkpoint_seconds > 0:
         raise UsageError(f"--checkpoint-seconds is {checkpoint_seconds}, expected a number above 0")
     budget = None if memory_budget is None else parse_budget(memory_budget, describe().effective_bytes)

@@ -171,6 +171,10 @@ def _age_problems(info: DeviceInfo, runtimes: Mapping[str, str]) -> Iterator[Pro
         if release(version) < oldest:
             first = "{}.{}".format(*oldest)
             yield Problem(f"{name} {version} is older than {first}", _newer(info, name, version, first))
+        row = package(info, "portable")
+        if row is not None and row.leaves_out(version):
+            found = f"{name} {version} does not run on every {info.machine} machine (docs/devices.md)"
+            yield Problem(found, f'pip install --upgrade "{name}{row.for_installed}"')
 
 
 def _keep_one(info: DeviceInfo, runtimes: Mapping[str, str]) -> str:
@@ -201,7 +205,9 @@ def _on_pypi(info: DeviceInfo, name: str, version: str) -> bool:
 def _newer(info: DeviceInfo, name: str, version: str, oldest: str) -> str:
     if not _on_pypi(info, name, version):
         return f"install a wheel of {name} {oldest} or later from where this one came"
-    return f'pip install --upgrade "{name}>={oldest}"'
+    row = package(info, "portable")
+    above = row.for_installed if row is not None and f">={oldest}" in row.versions.split(",") else f">={oldest}"
+    return f'pip install --upgrade "{name}{above}"'
 
 
 def _numpy_problems(info: DeviceInfo, numpy: str, runtimes: Mapping[str, str]) -> Iterator[Problem]:

@@ -52,6 +52,16 @@ class Package:
         quote = '"' if re.search(r"[^\w.=-]", requirement) else ""  # a shell would take < > ! * [ for its own
         return f"pip install {quote}{requirement}{quote}"
 
+    @property
+    def for_installed(self) -> str:
+        """What of `versions` holds for a runtime that is there already, and not only for what pip finds."""
+        return ",".join(part for part in self.versions.split(",") if not part.startswith("<"))
+
+    def leaves_out(self, version: str) -> bool:
+        """Whether this release is one of those that do not work here."""
+        out = (part.removeprefix("!=") for part in self.versions.split(",") if part.startswith("!="))
+        return release(version) in {release(number) for number in out}
+
     def suits(self, machine: str, accelerator: str, python: Python) -> bool:
         """Whether the row holds for this machine and Python."""
         first, last = self.pythons

@@ -120,6 +120,7 @@ class Report:
     rule: str | None = None
     loss: str | None = None
     schedule: str | None = None
+    trained_by: str | None = None
     samples: int | None = None
     steps: int | None = None
     train_s: float | None = None

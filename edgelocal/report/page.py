@@ -65,7 +65,7 @@ def _header(report: Report) -> list[Markup]:
     rule = f"rule {report.rule}" if report.rule else ""
     batch = f"batch {report.batch}" if report.batch else ""
     samples = f"{words.count(report.samples)} samples" if report.samples is not None else ""
-    parts = [part for part in (rule, report.schedule or "", batch, samples) if part]
+    parts = [part for part in (rule, report.schedule or "", words.trained_by(report), batch, samples) if part]
     found = [tag("h1", report.name), tag("p", ", ".join(parts), class_="lead")]
     if report.unfinished:
         found.append(tag("p", report.unfinished, class_="state"))

@@ -87,7 +87,12 @@ def blocks_text(number: int) -> str:
 def title(report: Report) -> str:
     """ "resnet32, rule auglocal, interleaved" of what is known."""
     rule = f"rule {report.rule}" if report.rule else None
-    return ", ".join(part for part in (report.name, rule, report.schedule) if part)
+    return ", ".join(part for part in (report.name, rule, report.schedule, trained_by(report)) if part)
+
+
+def trained_by(report: Report) -> str:
+    """Said where it was not by the step graphs."""
+    return "by the training artifacts" if report.trained_by == "ort-training" else ""
 
 
 def peak_text(report: Report) -> str:
