@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from device_tests.device.runs import ENVIRONMENT, RESIDUAL, answer, command, copy_bundle, last_state, write_data
-from edgelocal.machine.budget import format_size
 
 MIB = 1 << 20
 
@@ -44,7 +43,8 @@ def test_a_budget_met_in_the_middle_ends_with_3_and_the_last_commit(
     given = ["train", RESIDUAL, "--data", folder / "d.npz", "--out", tmp_path / "run", *options]
     result = answer(*given, "--memory-budget", f"{budget // MIB}MiB", code=3)
     assert result["kind"] == "OverBudgetError"
-    assert f"at its peak, the budget is {format_size(budget)}; use a smaller --batch" in result["error"]
+    assert "out of memory" in result["error"]  # the arena may take no more than the budget leaves
+    assert "raise --memory-budget, use a smaller --batch" in result["error"]
     assert last_state(tmp_path / "run")[0]["position"]["steps"] < 2
     again = answer(*given, "--memory-budget", "8GiB")  # the budget decides no bits, so it may change
     assert again["steps"] == 2

@@ -214,7 +214,8 @@ class Job:
         again, self._ran_out = found == self._ran_out != _SILENT, found
         if self._request.on_oom != "replan" or largest == 1 or again:
             tried = _IN_VAIN if self._bound != self._recorded else ""
-            raise OverBudgetError(f"{found}; {tried}{_SMALLER}") from error
+            raised = "raise --memory-budget, " if self._plan is None and self._request.budget_bytes is not None else ""
+            raise OverBudgetError(f"{found}; {tried}{raised}{_SMALLER}") from error
         half = -(-largest // 2)
         try:
             self._plan = self._planner(half)

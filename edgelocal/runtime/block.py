@@ -20,6 +20,7 @@ from edgelocal.runtime.session import Tensor
 from edgelocal.storage.tensors import Array
 
 Values = Mapping[str, Tensor]
+Numbers = Mapping[str, float]
 
 
 class Block:
@@ -90,13 +91,13 @@ class Block:
         if self._artifacts is None:
             self._graphs.get(self.spec.step if micro_batch is None or second is None else second.gradient)
         state = self._load()
-        masks = self._masks(x.batch, seed, number)
+        batch: Values = {"x": x, "y": y, **self._masks(x.batch, seed, number)}
         if self._artifacts is not None:
-            result = self._by_artifacts(x, y, hyper, masks, state, self._artifacts, release)
+            result = self._by_artifacts(self._artifacts, batch, hyper, state, release)
         elif micro_batch is None:
-            result = self._whole(x, y, hyper, masks, state, release)
+            result = self._whole(batch, hyper, state, release)
         else:
-            result = self._in_parts(x, y, hyper, masks, state, micro_batch, release)
+            result = self._in_parts(micro_batch, batch, hyper, state, release)
         if not math.isfinite(result.loss):
             raise DivergedError(
                 f"block {self.spec.name}: the loss became {result.loss} at step {number + 1}; the last checkpoint is "
@@ -134,24 +135,16 @@ class Block:
         if self._page is not None:
             self._page.remove()
 
-    def _whole(
-        self, x: Tensor, y: Tensor, hyper: Mapping[str, float], masks: Values, state: dict[str, Tensor], release: bool
-    ) -> StepResult:
+    def _whole(self, batch: Values, hyper: Numbers, state: dict[str, Tensor], release: bool) -> StepResult:
+        """The step graph on the whole batch."""
         spec = self.spec.step
-        results = self._run(spec, {"x": x, "y": y, **_scalars(hyper), **masks}, state, {}, release)
+        results = self._run(spec, {**batch, **_scalars(hyper)}, state, {}, release)
         overwriting = spec.overwriting
         written = sum(t.array().nbytes for name, t in results.items() if name not in overwriting)
         return StepResult(results["h"], results["loss"].item(), results[spec.outputs[2].name].item(), written)
 
     def _in_parts(
-        self,
-        x: Tensor,
-        y: Tensor,
-        hyper: Mapping[str, float],
-        masks: Values,
-        state: dict[str, Tensor],
-        micro_batch: int,
-        release: bool,
+        self, size: int, batch: Values, hyper: Numbers, state: dict[str, Tensor], release: bool
     ) -> StepResult:
         """Gradients of micro-batches add up, weighted by their share of the samples; then one update."""
         second = self.spec.accumulation
@@ -159,13 +152,13 @@ class Block:
             raise UsageError("this bundle cannot accumulate gradients: export it again, or give a smaller --batch")
         sums = {t.name: Tensor(np.zeros(t.resolve(1), t.dtype)) for t in second.gradient.inputs if t.kind == "acc"}
         state |= sums
-        h = Tensor.empty(second.gradient.outputs[0].resolve(x.batch), second.gradient.outputs[0].dtype)
+        samples = batch["x"].batch
+        h = Tensor.empty(second.gradient.outputs[0].resolve(samples), second.gradient.outputs[0].dtype)
         loss = metric = 0.0
-        for start in range(0, x.batch, micro_batch):
-            stop = min(start + micro_batch, x.batch)
-            share = (stop - start) / x.batch
-            feeds = {"x": x.rows(start, stop), "y": y.rows(start, stop), **_scalars({"share": share})}
-            feeds |= {name: mask.rows(start, stop) for name, mask in masks.items()}
+        for start in range(0, samples, size):
+            stop = min(start + size, samples)
+            share = (stop - start) / samples
+            feeds = {name: tensor.rows(start, stop) for name, tensor in batch.items()} | _scalars({"share": share})
             results = self._run(second.gradient, feeds, state, {"h": h.rows(start, stop)}, release)
             loss += share * results["loss"].item()
             metric += results[second.gradient.outputs[2].name].item()
@@ -176,21 +169,13 @@ class Block:
         return StepResult(h, loss, metric, written)
 
     def _by_artifacts(
-        self,
-        x: Tensor,
-        y: Tensor,
-        hyper: Mapping[str, float],
-        masks: Values,
-        state: dict[str, Tensor],
-        artifacts: OrtTrainingSpec,
-        release: bool,
+        self, artifacts: OrtTrainingSpec, batch: Values, hyper: Numbers, state: dict[str, Tensor], release: bool
     ) -> StepResult:
         """The gradients of the runtime's training model, then the update of the second form of a step."""
         second = self.spec.accumulation
         assert second is not None, "bundles with artifacts have a second form"
         model = self._graphs.get(artifacts.training, training=True)
-        data = {"x": x, "y": y, **masks}
-        found = run_artifacts(model, artifacts.training, data, state, second, release=release)
+        found = run_artifacts(model, artifacts.training, batch, state, second, release=release)
         self._run(second.apply, _scalars(hyper), found.state, {}, release)
         state |= {name: tensor for name, tensor in found.state.items() if name in state}
         written = found.h.array().nbytes + found.gradient_bytes
