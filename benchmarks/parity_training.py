@@ -189,7 +189,7 @@ def adopt(truth: Oracle, single: Oracle) -> None:
             for tensor in (*block.state_dict().values(), *kept):
                 tensor.copy_(tensor.to(torch.float32) if tensor.is_floating_point() else tensor)
         other.load_state_dict(block.state_dict())
-        follower.load_state_dict(optimizer.state_dict())
+        follower.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # or both would count the same steps
 
 
 def eager_slots(oracle: Oracle, optimizer: Optimizer) -> Arrays:
