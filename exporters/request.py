@@ -25,6 +25,7 @@ NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
+RATES = {"sgd": 0.1, "adamw": 1e-3}
 MAX_CLASSES = 1_000_000
 MAX_ELEMENTS = 1 << 28  # of a sample: 1 GiB
 MAX_COUNT = (1 << 31) - 1
@@ -120,15 +121,17 @@ def make_request(network: str, options: ExportOptions) -> ExportRequest:
     mean, std = parse_normalization(options.normalize, shape, dtype)
     names = tuple(name.strip() for name in options.class_names.split(",") if name.strip())
     budget = options.memory_budget
+    optimizer = make_optimizer(options.optimizer, options.momentum, options.weight_decay, options.nesterov)
+    lr = RATES[options.optimizer] if options.lr is None else options.lr
     return ExportRequest(
         network=network,
         blocks=parse_blocks(options.blocks),
         rule=RuleSpec(options.rule, options.aux_depth, options.tau, options.aux_depth_min, options.tail),
         input=InputSpec(shape, mean, std, dtype),
         task=TaskSpec(options.loss, options.classes, options.label_smoothing, names),
-        optimizer=make_optimizer(options.optimizer, options.momentum, options.weight_decay, options.nesterov),
+        optimizer=optimizer,
         augment=_augment(options.pad, options.pad_mode, options.flip, shape),
-        defaults=DefaultsSpec(options.batch, options.epochs, options.lr, options.lr_schedule),
+        defaults=DefaultsSpec(options.batch, options.epochs, lr, options.lr_schedule),
         weights=options.weights,
         partial_weights=options.partial_weights,
         seed=options.seed,

@@ -133,6 +133,9 @@ def test_padding_for_what_is_no_image_is_refused(pad: int) -> None:
 def test_optimizers_have_pytorchs_defaults_and_take_what_is_given() -> None:
     assert request().optimizer.hyper == {"momentum": 0.9, "weight_decay": 1e-4}
     assert request(optimizer="adamw").optimizer.hyper["weight_decay"] == 1e-2
+    assert request(optimizer="adamw").defaults.lr == 1e-3
+    assert request(optimizer="adamw", lr=0.5).defaults.lr == 0.5
+    assert request().defaults.lr == 0.1
     given = request(momentum=0.5, weight_decay=0.0, nesterov=False).optimizer
     assert (given.name, given.hyper) == ("sgd", {"momentum": 0.5, "weight_decay": 0.0})
 

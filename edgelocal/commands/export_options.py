@@ -19,7 +19,8 @@ Command: TypeAlias = Callable[..., Any]
 class ExportOptions:
     """The options as they are typed, with the defaults of the command line; exporters/request.py reads and checks them.
 
-    None means: what suits the optimizer (`momentum`, `weight_decay`), or not asked for (`memory_budget`, `weights`).
+    None means: what suits the optimizer (`momentum`, `weight_decay`, `lr`), or not asked for (`memory_budget`,
+    `weights`).
     """
 
     blocks: str = "auto"
@@ -43,7 +44,7 @@ class ExportOptions:
     flip: bool = True
     batch: int = 128
     epochs: int = 10
-    lr: float = 0.1
+    lr: float | None = None
     lr_schedule: str = "cosine"
     memory_budget: str | None = None
     weights: Path | None = None
@@ -84,7 +85,7 @@ _OPTIONS = (
     _option("--flip/--no-flip", help="Augmentation: mirror half of the images."),
     _option("--batch", help="Default batch on the device."),
     _option("--epochs", help="Default number of epochs."),
-    _option("--lr", help="Default learning rate."),
+    _option("--lr", type=float, help="Default learning rate.  [default: 0.1 for sgd, 0.001 for adamw]"),
     _option(
         "--lr-schedule",
         type=click.Choice(["constant", "step", "cosine"]),
