@@ -101,7 +101,7 @@ class Row:
     @property
     def worse(self) -> bool:
         """Whether a runtime is further from float64, or from the other, than it may be."""
-        if self.apart > max(APART, self.eager.state):
+        if self.apart > max(APART, SLACK * self.eager.state):
             return True
         limits = {kind: max(FLOOR, SLACK * getattr(self.eager, kind)) for kind in ("loss", "gradients", "state")}
         limits["statistics"] = FLOOR  # a biased variance would be some 1e-4 off
