@@ -11,12 +11,12 @@ import numpy as np
 from edgelocal.bundle.folder import Bundle
 from edgelocal.bundle.spec import BlockSpec, GraphSpec, MaskSpec, OrtTrainingSpec
 from edgelocal.data.augment import bernoulli_mask
-from edgelocal.errors import BundleError, DivergedError, UsageError
+from edgelocal.errors import DivergedError, UsageError
 from edgelocal.runtime.arena import give_back
 from edgelocal.runtime.graphs import GraphPool
-from edgelocal.runtime.ort_step import run_artifacts
+from edgelocal.runtime.ort_step import run_artifacts, zero_sums
 from edgelocal.runtime.pages import PREFIX, PageFile
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.session import Tensor, in_order
 from edgelocal.storage.tensors import Array
 
 Values = Mapping[str, Tensor]
@@ -150,7 +150,7 @@ class Block:
         second = self.spec.accumulation
         if second is None:
             raise UsageError("this bundle cannot accumulate gradients: export it again, or give a smaller --batch")
-        sums = {t.name: Tensor(np.zeros(t.resolve(1), t.dtype)) for t in second.gradient.inputs if t.kind == "acc"}
+        sums = zero_sums(second)
         state |= sums
         samples = batch["x"].batch
         h = Tensor.empty(second.gradient.outputs[0].resolve(samples), second.gradient.outputs[0].dtype)
@@ -185,13 +185,7 @@ class Block:
         self, spec: GraphSpec, feeds: Values, state: dict[str, Tensor], given: Values, release: bool
     ) -> dict[str, Tensor]:
         """Run a graph and put the new state into `state`; `given` is memory for some of the outputs."""
-        known = {**state, **feeds}
-        missing = [t.name for t in spec.inputs if t.name not in known]
-        if missing:
-            raise BundleError(
-                f"{spec.file} wants {missing[0]!r}, which is not known here; upgrade edgelocal, or export again"
-            )
-        inputs = [known[t.name] for t in spec.inputs]
+        inputs = in_order(spec, {**state, **feeds})
         batch = feeds["x"].batch if "x" in feeds else 1
         results: dict[str, Tensor] = {}
         overwriting = spec.overwriting

@@ -15,8 +15,7 @@ import numpy as np
 
 from edgelocal.bundle.artifacts import RESET, gradient_buffer
 from edgelocal.bundle.spec import AccumulationSpec, GraphSpec
-from edgelocal.errors import BundleError
-from edgelocal.runtime.session import Graph, Tensor
+from edgelocal.runtime.session import Graph, Tensor, in_order
 from edgelocal.storage.tensors import Array
 
 
@@ -47,21 +46,23 @@ def run_artifacts(
         BundleError: it wants what nobody knows, and as of `Graph.run`.
         OverBudgetError: as of `Graph.run`.
     """
-    sums = {t.name: Tensor(np.zeros(t.resolve(1), t.dtype)) for t in second.apply.inputs if t.kind == "acc"}
+    sums = zero_sums(second)
     feeds: dict[str, Tensor] = {**state, **data, **{gradient_buffer(name): tensor for name, tensor in sums.items()}}
     feeds[RESET] = Tensor(np.array([True]))  # what is in the buffers is overwritten
     own = {name: tensor.array() for name, tensor in state.items() if tensor.array().dtype != np.float32}
     for name, array in own.items():  # all state is float32 in the artifacts
         feeds[name] = Tensor(array.astype(np.float32))
-    missing = [t.name for t in spec.inputs if t.name not in feeds]
-    if missing:
-        raise BundleError(f"{spec.file} wants {missing[0]!r}, which is not known here; export the bundle again")
     results = {t.name: Tensor.empty(t.resolve(data["x"].batch), t.dtype) for t in spec.outputs}
-    model.run([feeds[t.name] for t in spec.inputs], list(results.values()), release=release)
+    model.run(in_order(spec, feeds), list(results.values()), release=release)
     whole = {name: _as_it_was(feeds[name].array(), array) for name, array in own.items()}
     metric = spec.outputs[2].name
     size = sum(tensor.array().nbytes for tensor in sums.values())
     return Gradients(results["h"], results["loss"].item(), results[metric].item(), {**state, **whole, **sums}, size)
+
+
+def zero_sums(second: AccumulationSpec) -> dict[str, Tensor]:
+    """Where the gradients of the parameters add up, by the name that the update knows them by."""
+    return {t.name: Tensor(np.zeros(t.resolve(1), t.dtype)) for t in second.apply.inputs if t.kind == "acc"}
 
 
 def _as_it_was(found: Array, before: Array) -> Tensor:

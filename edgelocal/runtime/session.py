@@ -4,7 +4,7 @@ runs comes from the arena (see `edgelocal.runtime.arena`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,20 @@ class Graph:
                         f"{self.spec.file}: {tensor.name} is {argument.type} {argument.shape}, the manifest says "
                         f"{tensor.dtype} {list(tensor.shape)}; export the bundle again"
                     )
+
+
+def in_order(spec: GraphSpec, known: Mapping[str, Tensor]) -> list[Tensor]:
+    """The inputs of a graph out of all that is known, in its order.
+
+    Raises:
+        BundleError: it wants one that is not known.
+    """
+    missing = [t.name for t in spec.inputs if t.name not in known]
+    if missing:
+        raise BundleError(
+            f"{spec.file} wants {missing[0]!r}, which is not known here; upgrade edgelocal, or export again"
+        )
+    return [known[t.name] for t in spec.inputs]
 
 
 def _fits(argument: Any, tensor: TensorSpec) -> bool:
