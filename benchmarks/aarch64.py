@@ -24,7 +24,7 @@ from edgelocal.bundle.folder import open_bundle
 from edgelocal.runtime.arena import start
 from edgelocal.runtime.block import Block
 from edgelocal.runtime.graphs import GraphPool
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.tensor import Tensor
 from edgelocal.storage.tensors import Array, decode
 
 BOUND = 1e-4  # of a relative difference; a loss's and a tensor's

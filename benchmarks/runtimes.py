@@ -53,7 +53,7 @@ from edgelocal.exporters.request import make_request
 from edgelocal.exporters.rules import build_blocks
 from edgelocal.exporters.units import load_network
 from edgelocal.runtime.library import runtime
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.tensor import Tensor
 from edgelocal.training.run import load_blocks
 
 NETWORKS = ("resnet32", "vgg13", "mobilenetv2", "vit", "mlp")

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgelocal.data.augment import uniform
 from edgelocal.runtime.block import Block
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.tensor import Tensor
 from edgelocal.storage.tensors import Array
 
 EXPECTED = Path(__file__).parent / "golden" / "expected.json"

@@ -15,7 +15,7 @@ from edgelocal.errors import DivergedError
 from edgelocal.runtime.block import Block
 from edgelocal.runtime.graphs import GraphPool
 from edgelocal.runtime.pages import PageFile
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.tensor import Tensor
 from edgelocal.storage.tensors import Array
 
 HYPER = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}

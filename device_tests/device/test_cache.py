@@ -20,7 +20,7 @@ from edgelocal.data.formats.base import Indices
 from edgelocal.data.pipeline import batches
 from edgelocal.errors import StorageError, UsageError
 from edgelocal.machine.budget import PeakMeter
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.tensor import Tensor
 from edgelocal.training.cache import OutputCache
 from edgelocal.training.run import load_blocks
 

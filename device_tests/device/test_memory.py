@@ -26,7 +26,7 @@ from edgelocal.machine.budget import PeakMeter, rss_bytes
 from edgelocal.bundle.folder import open_bundle
 from edgelocal.errors import OverBudgetError
 from edgelocal.runtime.graphs import GraphPool
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.tensor import Tensor
 from edgelocal.runtime.arena import give_back, reserve, start
 
 MIB = 1 << 20

@@ -22,7 +22,7 @@ from edgelocal.errors import BundleError
 from edgelocal.machine.device import describe
 from edgelocal.machine.packages import package
 from edgelocal.runtime.library import has_training, runtime
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.tensor import Tensor
 from edgelocal.storage.tensors import Array
 from edgelocal.training.run import load_blocks
 

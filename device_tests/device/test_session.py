@@ -20,7 +20,8 @@ from edgelocal.bundle.folder import open_bundle
 from edgelocal.bundle.spec import GraphSpec, TensorSpec
 from edgelocal.errors import BundleError
 from edgelocal.runtime.library import runtime_info
-from edgelocal.runtime.session import Graph, Tensor
+from edgelocal.runtime.session import Graph
+from edgelocal.runtime.tensor import Tensor
 from edgelocal.storage.tensors import Array
 
 HEAD = open_bundle(DROPOUT).manifest.blocks[0].head
@@ -178,7 +179,7 @@ from edgelocal.runtime.block import Block
 from edgelocal.bundle.folder import open_bundle
 from edgelocal.errors import BudgetError
 from edgelocal.runtime.graphs import GraphPool
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.tensor import Tensor
 from pathlib import Path
 
 bundle = open_bundle(Path(sys.argv[1]))

@@ -24,7 +24,7 @@ from edgelocal.exporters.ort_trial import complaint
 from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.request import make_request
 from edgelocal.runtime.library import has_training
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.tensor import Tensor
 from edgelocal.training.run import load_blocks
 
 DOC = Path(__file__).parents[2] / "docs/ort-training.md"

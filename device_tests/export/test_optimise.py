@@ -20,7 +20,8 @@ from edgelocal.exporters.onnx_block import ExportedGraph
 from edgelocal.exporters.onnx_step import step_graph
 from edgelocal.exporters.optimizers import adamw, sgd
 from edgelocal.exporters.zoo.custom import from_module
-from edgelocal.runtime.session import Graph, Tensor
+from edgelocal.runtime.session import Graph
+from edgelocal.runtime.tensor import Tensor
 
 MIB = 1 << 20
 FITTED = 64  # the batch for which graphs are optimised

@@ -20,7 +20,8 @@ TOUCHED = """
 import json, pickle, sys
 from pathlib import Path
 from edgelocal.machine.budget import PeakMeter
-from edgelocal.runtime.session import Graph, Tensor
+from edgelocal.runtime.session import Graph
+from edgelocal.runtime.tensor import Tensor
 from edgelocal.runtime.arena import give_back, reserve
 spec, model, values, batch, region = pickle.loads(Path(sys.argv[1]).read_bytes())
 reserve(region, region)

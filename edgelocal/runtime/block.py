@@ -16,7 +16,8 @@ from edgelocal.runtime.arena import give_back
 from edgelocal.runtime.graphs import GraphPool
 from edgelocal.runtime.ort_step import run_artifacts, zero_sums
 from edgelocal.runtime.pages import PREFIX, PageFile
-from edgelocal.runtime.session import Tensor, in_order
+from edgelocal.runtime.session import in_order
+from edgelocal.runtime.tensor import HOST, Place, Tensor
 from edgelocal.storage.tensors import Array
 
 Values = Mapping[str, Tensor]
@@ -53,7 +54,7 @@ class Block:
         self._state: dict[str, Tensor] = {}
         if self._page is None:
             # A copy: a step writes over the state, and these may be views of a file's bytes.
-            self._state = {name: Tensor(np.array(arrays[name], order="C")) for name in arrays}
+            self._state = {name: graphs.place.of(np.array(arrays[name], order="C")) for name in arrays}
         else:
             self._page.write(arrays)
 
@@ -105,10 +106,15 @@ class Block:
             )
         self._store(state)
         if self._page is not None:
-            result.written_bytes += sum(tensor.array().nbytes for tensor in state.values())
+            result.written_bytes += sum(tensor.nbytes for tensor in state.values())
         if release:
             give_back()  # what it replaced in small pieces; or the next block would seem to hold it
         return result
+
+    @property
+    def place(self) -> Place:
+        """Where its tensors lie."""
+        return self._graphs.place
 
     def forward(self, x: Tensor, *, release: bool = False) -> Tensor:
         """The block's output in inference mode."""
@@ -140,7 +146,7 @@ class Block:
         spec = self.spec.step
         results = self._run(spec, {**batch, **_scalars(hyper)}, state, {}, release)
         overwriting = spec.overwriting
-        written = sum(t.array().nbytes for name, t in results.items() if name not in overwriting)
+        written = sum(t.nbytes for name, t in results.items() if name not in overwriting)
         return StepResult(results["h"], results["loss"].item(), results[spec.outputs[2].name].item(), written)
 
     def _in_parts(
@@ -150,10 +156,11 @@ class Block:
         second = self.spec.accumulation
         if second is None:
             raise UsageError("this bundle cannot accumulate gradients: export it again, or give a smaller --batch")
-        sums = zero_sums(second)
+        place = self._graphs.place
+        sums = zero_sums(second, place)
         state |= sums
         samples = batch["x"].batch
-        h = Tensor.empty(second.gradient.outputs[0].resolve(samples), second.gradient.outputs[0].dtype)
+        h = place.empty(second.gradient.outputs[0].resolve(samples), second.gradient.outputs[0].dtype)
         loss = metric = 0.0
         for start in range(0, samples, size):
             stop = min(start + size, samples)
@@ -165,7 +172,7 @@ class Block:
         self._run(second.apply, _scalars(hyper), state, {}, release)
         for name in sums:
             del state[name]
-        written = h.array().nbytes + sum(t.array().nbytes for t in sums.values())
+        written = h.nbytes + sum(t.nbytes for t in sums.values())
         return StepResult(h, loss, metric, written)
 
     def _by_artifacts(
@@ -178,7 +185,7 @@ class Block:
         found = run_artifacts(model, artifacts.training, batch, state, second, release=release)
         self._run(second.apply, _scalars(hyper), found.state, {}, release)
         state |= {name: tensor for name, tensor in found.state.items() if name in state}
-        written = found.h.array().nbytes + found.gradient_bytes
+        written = found.h.nbytes + found.gradient_bytes
         return StepResult(found.h, found.loss, found.metric, written)
 
     def _run(
@@ -196,7 +203,8 @@ class Block:
             elif tensor.name in overwriting:
                 results[tensor.name] = state[old]
             else:
-                results[tensor.name] = Tensor.empty(tensor.resolve(batch), tensor.dtype)
+                place = HOST if tensor.shape == () else self._graphs.place  # numbers come down, all else stays there
+                results[tensor.name] = place.empty(tensor.resolve(batch), tensor.dtype)
         self._graphs.get(spec).run(inputs, list(results.values()), release=release)
         state |= {n.removeprefix("new/"): value for n, value in results.items() if n.startswith("new/")}
         return results
@@ -205,14 +213,14 @@ class Block:
         graph = self._graphs.get(spec)
         state = self._load()
         inputs = [x, *(state[t.name] for t in spec.inputs[1:])]
-        output = Tensor.empty(spec.outputs[0].resolve(x.batch), spec.outputs[0].dtype)
+        output = self._graphs.place.empty(spec.outputs[0].resolve(x.batch), spec.outputs[0].dtype)
         graph.run(inputs, [output], release=release)
         return output
 
     def _load(self) -> dict[str, Tensor]:
         if self._page is None:
             return dict(self._state)
-        return {name: Tensor(array) for name, array in self._page.read().items()}
+        return {name: self._graphs.place.of(array) for name, array in self._page.read().items()}
 
     def _store(self, state: dict[str, Tensor]) -> None:
         if self._page is None:
@@ -231,7 +239,8 @@ class Block:
         shapes = {t.name: t.resolve(batch) for t in self.spec.step.inputs if t.kind == "rand"}
 
         def mask(index: int, spec: MaskSpec) -> Tensor:
-            return Tensor.of(bernoulli_mask(shapes[spec.name], spec.keep, seed, number, self.index << 16 | index))
+            drawn = bernoulli_mask(shapes[spec.name], spec.keep, seed, number, self.index << 16 | index)
+            return self.place.of(drawn)
 
         return {spec.name: mask(index, spec) for index, spec in enumerate(self.spec.masks)}
 

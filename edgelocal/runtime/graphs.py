@@ -8,6 +8,7 @@ from edgelocal.memory.needs import loaded_bytes
 from edgelocal.memory.recency import Recency
 from edgelocal.runtime.arena import give_back
 from edgelocal.runtime.session import Graph
+from edgelocal.runtime.tensor import HOST, Place
 
 
 class GraphPool:
@@ -16,7 +17,8 @@ class GraphPool:
     A graph that is shared takes tensors by position: the names in it are those of the block that came first.
     """
 
-    def __init__(self, bundle: Bundle, threads: int, limit_bytes: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int, limit_bytes: int | None = None, place: Place = HOST) -> None:
+        self.place = place
         self.loads = 0
         self._bundle = bundle
         self._threads = threads

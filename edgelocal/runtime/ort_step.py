@@ -15,7 +15,8 @@ import numpy as np
 
 from edgelocal.bundle.artifacts import RESET, gradient_buffer
 from edgelocal.bundle.spec import AccumulationSpec, GraphSpec
-from edgelocal.runtime.session import Graph, Tensor, in_order
+from edgelocal.runtime.session import Graph, in_order
+from edgelocal.runtime.tensor import HOST, Place, Tensor
 from edgelocal.storage.tensors import Array
 
 
@@ -46,7 +47,7 @@ def run_artifacts(
         BundleError: it wants what nobody knows, and as of `Graph.run`.
         OverBudgetError: as of `Graph.run`.
     """
-    sums = zero_sums(second)
+    sums = zero_sums(second, HOST)
     feeds: dict[str, Tensor] = {**state, **data, **{gradient_buffer(name): tensor for name, tensor in sums.items()}}
     feeds[RESET] = Tensor(np.array([True]))  # what is in the buffers is overwritten
     own = {name: tensor.array() for name, tensor in state.items() if tensor.array().dtype != np.float32}
@@ -60,9 +61,9 @@ def run_artifacts(
     return Gradients(results["h"], results["loss"].item(), results[metric].item(), {**state, **whole, **sums}, size)
 
 
-def zero_sums(second: AccumulationSpec) -> dict[str, Tensor]:
+def zero_sums(second: AccumulationSpec, place: Place) -> dict[str, Tensor]:
     """Where the gradients of the parameters add up, by the name that the update knows them by."""
-    return {t.name: Tensor(np.zeros(t.resolve(1), t.dtype)) for t in second.apply.inputs if t.kind == "acc"}
+    return {t.name: place.zeros(t.resolve(1), t.dtype) for t in second.apply.inputs if t.kind == "acc"}
 
 
 def _as_it_was(found: Array, before: Array) -> Tensor:

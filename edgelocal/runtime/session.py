@@ -7,58 +7,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from edgelocal.bundle.onnx_scan import scan
 from edgelocal.bundle.spec import BATCH, GraphSpec, TensorSpec
 from edgelocal.errors import BundleError, OverBudgetError
 from edgelocal.runtime.arena import UNPLANNED, empty_arena, releasing, reserve, session_options
-from edgelocal.runtime.library import OOM_ADVICE, runtime, translated
-from edgelocal.storage.tensors import Array
+from edgelocal.runtime.library import runtime, translated
+from edgelocal.runtime.tensor import Tensor
 
 TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
-
-
-class Tensor:
-    """A numpy array, C-contiguous, and the same memory as the runtime sees it."""
-
-    def __init__(self, array: Array) -> None:
-        self._array = array
-        self.value = runtime().OrtValue.ortvalue_from_numpy(array)
-
-    @classmethod
-    def of(cls, array: Array) -> Tensor:
-        """The array itself where it is contiguous, else a copy."""
-        return cls(np.ascontiguousarray(array).reshape(array.shape))
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """Memory for a result.
-
-        Raises:
-            OverBudgetError: the system has none.
-        """
-        try:
-            return cls(np.empty(shape, dtype=dtype))
-        except MemoryError as error:
-            raise OverBudgetError(f"out of memory ({error}){OOM_ADVICE}") from None
-
-    @property
-    def batch(self) -> int:
-        """The first dimension."""
-        return int(self._array.shape[0])
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Samples start .. stop - 1, in the same memory."""
-        return Tensor(self._array[start:stop])
-
-    def array(self) -> Array:
-        """The values; the same memory."""
-        return self._array
-
-    def item(self) -> float:
-        """The value of a () tensor."""
-        return float(self._array)
 
 
 class Graph:
@@ -96,9 +52,9 @@ class Graph:
         binding = self._session.io_binding()
         try:
             for spec, tensor in zip(self.spec.inputs, inputs, strict=True):
-                binding.bind_ortvalue_input(spec.name, tensor.value)
+                tensor.bind_input(binding, spec.name)
             for spec, tensor in zip(self.spec.outputs, outputs, strict=True):
-                binding.bind_ortvalue_output(spec.name, tensor.value)
+                tensor.bind_output(binding, spec.name)
             self._session.run_with_iobinding(binding, releasing() if release else None)
         except Exception as error:
             found = translated(error, f"{self.spec.file} cannot be run")

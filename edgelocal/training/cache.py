@@ -19,7 +19,7 @@ from edgelocal.data.formats.base import Indices
 from edgelocal.data.formats.row_io import read_rows, reserve, write_rows
 from edgelocal.errors import StorageError, UsageError
 from edgelocal.runtime.block import Block
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.tensor import HOST, Place, Tensor
 from edgelocal.storage.disk import DISK, storage_errors
 from edgelocal.storage.tensors import Array
 
@@ -35,7 +35,10 @@ class OutputCache:
     count what went to the file and came from it.
     """
 
-    def __init__(self, file: FileIO, depth: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, file: FileIO, depth: int, shape: tuple[int, ...], dtype: np.dtype[Any], place: Place = HOST
+    ) -> None:
+        self._place = place
         self.depth = depth
         self.written_bytes = 0
         self.read_bytes = 0
@@ -61,7 +64,7 @@ class OutputCache:
             )
         self.read_bytes += rows.nbytes
         values = rows.view(self._dtype).reshape(len(indices), *self._shape)
-        return Tensor.of(values.astype(np.float32, copy=False))
+        return self._place.of(values.astype(np.float32, copy=False))
 
     def close(self) -> None:
         """Remove the file."""
@@ -99,7 +102,7 @@ class OutputCache:
         shape = blocks[-1].spec.forward.outputs[0].resolve(1)[1:]
         path = folder / f"outputs-{depth}"
         size = sum(len(indices) for indices in order) * math.prod(shape) * np.dtype(dtype).itemsize
-        cache = cls(_create(path, size), depth, shape, np.dtype(dtype))
+        cache = cls(_create(path, size), depth, shape, np.dtype(dtype), blocks[0].place)
         try:
             for indices in order:
                 cache._write(indices, _through(blocks, inputs(indices)))

@@ -10,7 +10,6 @@ from edgelocal.bundle.spec import Manifest
 from edgelocal.data.formats.base import Dataset
 from edgelocal.data.pipeline import batches, prepare
 from edgelocal.runtime.block import Block
-from edgelocal.runtime.session import Tensor
 from edgelocal.training.scores import Score, score
 
 
@@ -31,7 +30,7 @@ def evaluate(
     scores = [Score() for _ in blocks]
     for indices in batches(len(data), batch, 0, 0, shuffle=False):
         images = data.read(indices)
-        h = Tensor.of(prepare(images, indices, input=manifest.input, augment=None, seed=0, epoch=0))
+        h = blocks[0].place.of(prepare(images, indices, input=manifest.input, augment=None, seed=0, epoch=0))
         y = np.asarray(data.labels[indices])
         for number, block in enumerate(blocks):
             h = block.forward(h)

@@ -23,7 +23,7 @@ from edgelocal.errors import DataError, InterruptedRunError, OverBudgetError
 from edgelocal.machine.budget import PeakMeter, format_size, peak_rss_bytes
 from edgelocal.memory.plan import Plan
 from edgelocal.runtime.block import Block
-from edgelocal.runtime.session import Tensor
+from edgelocal.runtime.tensor import Tensor
 from edgelocal.training.cache import OutputCache
 from edgelocal.training.config import TrainConfig
 from edgelocal.training.evaluate import evaluate
@@ -193,7 +193,7 @@ class Trainer:
             x = self._cache.read(indices)
         else:
             x = self._through(stage.frozen, self._input(indices, epoch))
-        y = Tensor.of(self.train.labels[indices])
+        y = self.blocks[0].place.of(self.train.labels[indices])
         hyper = {"lr": self._rate(epoch), **self.config.all_hyper(self.manifest)}
         for index in stage.trained:
             x = self._train_block(index, x, y, hyper, len(indices))
@@ -233,7 +233,7 @@ class Trainer:
     def _input(self, indices: Indices, epoch: int) -> Tensor:
         images = self.train.read(indices)
         data_epoch = self._data_epoch(self.position.stage, epoch)
-        return Tensor.of(
+        return self.blocks[0].place.of(
             prepare(
                 images,
                 indices,
