@@ -5,6 +5,7 @@ The device is the CPU here, so that every machine can run this; what is only so 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,16 @@ import pytest
 from device_tests.device.golden_steps import LR
 from device_tests.device.runs import GOLDEN
 from edgelocal.bundle.folder import open_bundle
-from edgelocal.errors import OverBudgetError
+from edgelocal.bundle.protobuf import fields
+from edgelocal.errors import OverBudgetError, RuntimeMissingError
 from edgelocal.runtime.block import Block
 from edgelocal.runtime.graphs import GraphPool
+from edgelocal.runtime.library import runtime
+from edgelocal.runtime.provider import CPU, Provider, refuse_strays, stray_nodes
 from edgelocal.runtime.tensor import HOST, DeviceTensor, Place
 from edgelocal.storage.tensors import Array
+
+DEVICE = Provider(place=Place("cpu"), fixed_batch=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int64", "bool"])
@@ -31,10 +37,10 @@ def test_values_go_up_and_come_down(dtype: str) -> None:
     np.testing.assert_array_equal(tensor.rows(1, 4).rows(1, 2).array(), values[2:3])
 
 
-def trained(bundle: Path, place: Place, page: Path | None, micro_batch: int | None) -> dict[str, Array]:
+def trained(bundle: Path, provider: Provider, page: Path | None, micro_batch: int | None) -> dict[str, Array]:
     """The state of all blocks after three steps, the loss of every step, and the last outputs in inference mode."""
     opened = open_bundle(bundle)
-    graphs = GraphPool(opened, 1, place=place)
+    graphs, place = GraphPool(opened, 1, provider=provider), provider.place
     blocks = [Block(opened, index, graphs, page=page) for index in range(len(opened.manifest.blocks))]
     hyper = {"lr": LR, **opened.manifest.optimizer.hyper}
     shape = (10, *opened.manifest.input.shape)
@@ -65,7 +71,7 @@ def test_blocks_train_on_a_device_as_on_the_host(
     tmp_path: Path, bundle: str, paged: bool, micro_batch: int | None
 ) -> None:
     page = tmp_path if paged else None
-    host, device = (trained(GOLDEN / bundle, place, page, micro_batch) for place in (HOST, Place("cpu")))
+    host, device = (trained(GOLDEN / bundle, provider, page, micro_batch) for provider in (CPU, DEVICE))
     assert host.keys() == device.keys()
     for name, value in host.items():
         np.testing.assert_array_equal(device[name], value, err_msg=name)
@@ -74,3 +80,30 @@ def test_blocks_train_on_a_device_as_on_the_host(
 def test_memory_that_a_device_has_not_is_an_error_that_says_so() -> None:
     with pytest.raises(OverBudgetError, match=r"memory of the device for float32 \[1099511627776\]: out of memory"):
         Place("cpu").empty((1 << 40,), "float32")
+
+
+def operators(model: bytes) -> list[str]:
+    """The operator of every node of a model."""
+    graph = next(value for number, _, value in fields(model) if number == 7)
+    nodes = (value for number, _, value in fields(graph) if number == 1)
+    return [next(value for number, _, value in fields(node) if number == 4).decode() for node in nodes]
+
+
+RECORDS = hasattr(runtime().InferenceSession, "get_provider_graph_assignment_info")
+
+
+@pytest.mark.skipif(not RECORDS, reason="ONNX Runtime says from 1.24.1 on where nodes went")
+def test_nodes_that_went_elsewhere_are_counted_and_refused() -> None:
+    opened = open_bundle(GOLDEN / "residual")
+    model = opened.read(opened.manifest.blocks[0].forward.file)
+    options = runtime().SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.graph_optimization_level = runtime().GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = runtime().InferenceSession(model, options, providers=[CPU.name])
+    assert not stray_nodes(session, CPU.name)
+    found = stray_nodes(session, "OtherExecutionProvider")
+    kinds = Counter(operators(model))
+    assert found == kinds
+    with pytest.raises(RuntimeMissingError, match=f"no kernel for {kinds.total()} nodes.* --allow-cpu-fallback"):
+        refuse_strays(found, "OtherExecutionProvider")
+    refuse_strays(Counter(), CPU.name)

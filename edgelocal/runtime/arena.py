@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgelocal.bundle.protobuf import BYTES, VARINT, render
-from edgelocal.runtime.library import runtime, translated
+from edgelocal.runtime.library import CPU_PROVIDER, runtime, translated
 
 _MMAP_FROM = 1 << 20
 _MALLOPT_TRIM, _MALLOPT_MMAP = -1, -3  # glibc's malloc.h
@@ -93,7 +93,7 @@ def _run_tiny(*, shared: bool) -> None:
         ]
     )
     model = render([(1, VARINT, 8), (7, BYTES, graph), (8, BYTES, render([(2, VARINT, 13)]))])
-    session = runtime().InferenceSession(model, session_options(1, shared=shared), providers=["CPUExecutionProvider"])
+    session = runtime().InferenceSession(model, session_options(1, shared=shared), providers=[CPU_PROVIDER])
     binding = session.io_binding()
     arrays = [np.empty(1, np.float32) for _ in range(2)]  # an output in the arena would keep its region there
     values = [runtime().OrtValue.ortvalue_from_numpy(array) for array in arrays]
@@ -118,10 +118,10 @@ def _one_dim() -> bytes:
     return render([(1, BYTES, render([(1, VARINT, 1)]))])
 
 
-def releasing() -> Any:
-    """Options of a run that gives the arena back at its end."""
+def releasing(arena: str = "cpu:0") -> Any:
+    """Options of a run that gives the arena, by its name there, back at its end."""
     options = runtime().RunOptions()
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
     return options
 
 

@@ -7,8 +7,8 @@ from edgelocal.bundle.spec import GraphSpec
 from edgelocal.memory.needs import loaded_bytes
 from edgelocal.memory.recency import Recency
 from edgelocal.runtime.arena import give_back
+from edgelocal.runtime.provider import CPU, Provider
 from edgelocal.runtime.session import Graph
-from edgelocal.runtime.tensor import HOST, Place
 
 
 class GraphPool:
@@ -17,8 +17,9 @@ class GraphPool:
     A graph that is shared takes tensors by position: the names in it are those of the block that came first.
     """
 
-    def __init__(self, bundle: Bundle, threads: int, limit_bytes: int | None = None, place: Place = HOST) -> None:
-        self.place = place
+    def __init__(self, bundle: Bundle, threads: int, limit_bytes: int | None = None, provider: Provider = CPU) -> None:
+        self.place = provider.place
+        self._provider = provider
         self.loads = 0
         self._bundle = bundle
         self._threads = threads
@@ -44,7 +45,8 @@ class GraphPool:
 
     def _load(self, spec: GraphSpec, training: bool) -> None:
         try:
-            self._graphs[spec.key] = Graph(spec, self._bundle.read(spec.file), self._threads, training=training)
+            model = self._bundle.read(spec.file)
+            self._graphs[spec.key] = Graph(spec, model, self._threads, provider=self._provider, training=training)
         except BaseException:
             self._recency.forget(spec.key)
             raise

@@ -15,6 +15,7 @@ from edgelocal.machine.doctor import advice
 from edgelocal.machine.packages import oldest_runtime, release
 
 GRAPH_LEVEL = "none"
+CPU_PROVIDER = "CPUExecutionProvider"
 OOM_ADVICE = "; use a smaller --batch or more blocks"  # ends the message where memory ran out
 
 
@@ -77,7 +78,7 @@ def has_training() -> bool:
 
 def runtime_info() -> RuntimeInfo:
     """Version, provider and settings that the bits of a run depend on."""
-    return RuntimeInfo(runtime().__version__, "CPUExecutionProvider", GRAPH_LEVEL, platform.machine())
+    return RuntimeInfo(runtime().__version__, CPU_PROVIDER, GRAPH_LEVEL, platform.machine())
 
 
 def translated(error: Exception, what: str) -> EdgelocalError:
