@@ -373,7 +373,7 @@ def test_no_memory_for_the_state_ends_with_3_and_what_was_committed_stands(
 
     run = copied(trained, tmp_path)
     before = (run / "state" / "00000002.ckpt").read_bytes()
-    monkeypatch.setattr("edgelocal.runtime.block.Tensor", scarce)
+    monkeypatch.setattr("edgelocal.runtime.tensor.Tensor.of", scarce)
     with pytest.raises(SystemExit) as ended:
         main([*map(str, trained[1]), "--out", str(run), "--on-oom", "replan"])
     assert ended.value.code == 3
