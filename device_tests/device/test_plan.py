@@ -27,7 +27,8 @@ from edgelocal.errors import BudgetError, UsageError
 from edgelocal.memory import plan as planning
 from edgelocal.memory.needs import PipelineBytes
 from edgelocal.memory.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES, Workload
-from edgelocal.memory.plan import Plan, Thresholds, idle_range
+from edgelocal.memory.plan import Thresholds, idle_range
+from edgelocal.memory.planned import Plan
 
 IDLE = 1_000_000
 DATA = PipelineBytes(resident=3000, making=2000)

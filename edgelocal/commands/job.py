@@ -17,10 +17,12 @@ from edgelocal.data.formats.base import Dataset
 from edgelocal.errors import BudgetError, OverBudgetError
 from edgelocal.machine.budget import peak_rss_bytes, reset_peak
 from edgelocal.machine.device import describe
-from edgelocal.memory.plan import Plan
+from edgelocal.memory.planned import Plan
+from edgelocal.runtime.accelerator import Accelerator
 from edgelocal.runtime.arena import empty_arena, give_back, reserve
 from edgelocal.runtime.library import OOM_ADVICE
 from edgelocal.runtime.pages import clear_pages
+from edgelocal.runtime.provider import CPU, Provider
 from edgelocal.storage.store import Loaded
 from edgelocal.training.checkpoint import Progress, check_progress, read_progress
 from edgelocal.training.config import ORT_TRAINING, TrainConfig
@@ -75,6 +77,7 @@ class Job:
         stop: threading.Event,
         idle_bytes: int,
         planner: Planner,
+        device: Accelerator | None = None,
     ) -> None:
         self._request = request
         self._display = display
@@ -85,6 +88,7 @@ class Job:
         self._stop = stop
         self._idle_bytes = idle_bytes
         self._planner = planner
+        self._device = device
         self._threads = request.threads or describe().cores
         self._plan: Plan | None = None
         self._bound: int | None = None  # of micro-batches, once memory ran out
@@ -146,10 +150,7 @@ class Job:
             folder.start()
         else:
             self._keep_bound(read_progress(loaded.state))
-        if self._plan is not None:
-            reserve(self._plan.region_bytes, self._plan.region_limit)
-        elif request.budget_bytes is not None:  # nothing is planned; what is asked for is bounded all the same
-            reserve(0, max(0, request.budget_bytes - self._idle_bytes))
+        provider = self._reserve()
         tensors = loaded.state.tensors if loaded else None
         trainer = Trainer(
             self._bundle.manifest,
@@ -161,6 +162,8 @@ class Job:
                 self._plan,
                 request.out / _CACHE,
                 artifacts=request.config.runtime == ORT_TRAINING,
+                provider=provider,
+                waiting=self._device.waiting if self._device else None,
             ),
             self._data,
             self._validation,
@@ -168,6 +171,7 @@ class Job:
             budget_bytes=request.budget_bytes,
             plan=self._plan,
             cache_folder=request.out / _CACHE,
+            device=self._device,
         )
         if loaded is not None:
             restore(trainer, loaded)
@@ -176,6 +180,18 @@ class Job:
         if loaded is None:
             folder.commit(trainer)
         return trainer
+
+    def _reserve(self) -> Provider:
+        """Set up the memory that graphs run in; what runs them."""
+        plan, budget = self._plan, self._request.budget_bytes
+        rest = None if budget is None else max(0, budget - self._idle_bytes)  # bounds it where nothing is planned
+        if self._device is not None:
+            return self._device.provider(plan.device if plan else None, rest)
+        if plan is not None:
+            reserve(plan.region_bytes, plan.region_limit)
+        elif rest is not None:
+            reserve(0, rest)
+        return CPU
 
     def _train(self, folder: RunFolder, trainer: Trainer) -> dict[str, Any]:
         report = folder.report if trainer.is_finished else None

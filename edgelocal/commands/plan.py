@@ -22,7 +22,8 @@ from edgelocal.machine.device import describe
 from edgelocal.machine.profiles import Profile, find_profile, idle_process_bytes
 from edgelocal.memory.needs import PipelineBytes, tensor_bytes
 from edgelocal.memory.peaks import Workload
-from edgelocal.memory.plan import Plan, Thresholds, has_model, idle_range, make_plan, make_thresholds
+from edgelocal.memory.plan import Thresholds, has_model, idle_range, make_plan, make_thresholds
+from edgelocal.memory.planned import Plan
 from edgelocal.runtime.arena import give_back, start
 from edgelocal.training.cache import cache_precision
 from edgelocal.training.config import ORT_TRAINING

@@ -23,7 +23,8 @@ from edgelocal.machine.budget import format_size, parse_budget, rss_bytes
 from edgelocal.machine.device import describe
 from edgelocal.machine.packages import package
 from edgelocal.memory.peaks import Workload
-from edgelocal.memory.plan import Plan, has_model, idle_range, make_plan
+from edgelocal.memory.plan import has_model, idle_range, make_plan
+from edgelocal.memory.planned import Plan
 from edgelocal.runtime.arena import give_back, start
 from edgelocal.runtime.library import has_training
 from edgelocal.storage.store import lock
