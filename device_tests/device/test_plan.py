@@ -545,7 +545,7 @@ KEYS = {
     "most_at_once",
     *("budget_bytes", "idle_bytes", "arena_bytes", "region_bytes", "peak_bytes", "graphs_bytes"),
     *("blocks", "units", "thresholds"),
-    *("paged_bytes_per_step", "cache", "advice", "plan_ms"),
+    *("paged_bytes_per_step", "cache", "advice", "plan_ms", "device"),
 }
 
 

@@ -305,7 +305,7 @@ def test_a_run_goes_on_with_any_number_of_threads(
 def folder_of(tmp_path: Path) -> RunFolder:
     data = write_data(tmp_path / "d.npz", RESIDUAL)
     training = trainer(RESIDUAL, data)
-    info: RunInfo = describe_run(open_bundle(RESIDUAL), training.train, data, config(), None, None, 1)
+    info: RunInfo = describe_run(open_bundle(RESIDUAL), training.train, data, config(), None, {}, 1)
     (tmp_path / "run").mkdir()
     return RunFolder(tmp_path / "run", info)
 

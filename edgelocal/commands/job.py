@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelocal.bundle.folder import Bundle
+from edgelocal.commands.on_device import CPU_REQUEST, DeviceRequest, device_report, fallback_notes
 from edgelocal.commands.progress import Display
 from edgelocal.commands.run_report import make_report
 from edgelocal.data.formats.base import Dataset
@@ -57,6 +58,8 @@ class TrainRequest:
     validate_every: int
     micro_batch: int | None = None
     on_oom: str = "stop"
+    memory_budget: str | None = None  # as it was written; a share is of the memory that there is
+    device: DeviceRequest = CPU_REQUEST
 
 
 class Job:
@@ -203,7 +206,11 @@ class Job:
             trainer.run(watcher)
         scores = trainer.validate(watcher, trainer.blocks, exits=True)
         trainer.check_budget()
+        if self._device is not None:
+            self._note(fallback_notes(trainer.blocks[0].provider))
         report = make_report(trainer, self._info, self._idle_bytes, scores, self._notes, folder.metrics)
+        if self._device is not None:
+            report["device"] = device_report(self._device, trainer)
         folder.write_report(report)
         return report
 
@@ -291,7 +298,7 @@ def _resume_notes(folder: Path, info: RunInfo, skipped: tuple[tuple[Path, str], 
     before = read_run(folder)
     for key, value in info.runtime.items():
         if before.runtime.get(key) != value:
-            was = before.runtime.get(key)
+            was = before.runtime.get(key, "not known")
             notes.append(f"{key} was {was} when {RUN} was written and is {value} now: bits may differ")
     if before.micro_batches != info.micro_batches:
         notes.append(

@@ -14,6 +14,7 @@ import numpy as np
 
 from edgelocal.bundle.folder import MANIFEST, Bundle, open_bundle, verify
 from edgelocal.bundle.spec import BlockSpec, Manifest, TaskSpec
+from edgelocal.commands.on_device import DeviceRequest, open_device
 from edgelocal.data.formats.base import Labels
 from edgelocal.data.pipeline import pipeline_bytes
 from edgelocal.errors import BundleError, UsageError
@@ -21,9 +22,10 @@ from edgelocal.machine.budget import format_size, parse_budget, rss_bytes, size_
 from edgelocal.machine.device import describe
 from edgelocal.machine.profiles import Profile, find_profile, idle_process_bytes
 from edgelocal.memory.needs import PipelineBytes, tensor_bytes
-from edgelocal.memory.peaks import Workload
+from edgelocal.memory.peaks import DeviceNeeds, Workload
 from edgelocal.memory.plan import Thresholds, has_model, idle_range, make_plan, make_thresholds
 from edgelocal.memory.planned import Plan
+from edgelocal.runtime.accelerator import WORKSPACE_BYTES
 from edgelocal.runtime.arena import give_back, start
 from edgelocal.training.cache import cache_precision
 from edgelocal.training.config import ORT_TRAINING
@@ -47,6 +49,7 @@ class PlanRequest:
     augment: bool
     profile: str | None
     threads: int | None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,10 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
     """
     profile = find_profile(request.profile) if request.profile is not None else None
     device = describe(folder=bundle.folder)
+    needs = _device_needs(request, profile)
     usable = device.effective_bytes if profile is None else profile.usable_bytes
+    if needs is not None and needs.most is not None:  # memory of its own
+        usable += needs.most
     budget = parse_budget(request.memory_budget, usable)
     manifest = bundle.manifest
     if manifest.runtimes == (ORT_TRAINING,):
@@ -108,10 +114,10 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
         )
     if not has_model(manifest):
         raise BundleError(f"{bundle.folder} does not say what memory its blocks need (schema 1): export it again")
-    idle, spare = _idle_bytes(bundle, profile)
+    idle, spare = _idle_bytes(bundle, profile, needs)
     threads = request.threads or (device.cores if profile is None else profile.cores)
     started = time.perf_counter()
-    work = assumed_work(manifest, request, idle, threads, spare)
+    work = assumed_work(manifest, request, idle, threads, spare, needs)
     plan = make_plan(work, budget)
     plan_s = time.perf_counter() - started
     thresholds = make_thresholds(work)
@@ -140,7 +146,12 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
 
 
 def assumed_work(
-    manifest: Manifest, request: PlanRequest, idle_bytes: int, threads: int, spare_bytes: int = 0
+    manifest: Manifest,
+    request: PlanRequest,
+    idle_bytes: int,
+    threads: int,
+    spare_bytes: int = 0,
+    device: DeviceNeeds | None = None,
 ) -> Workload:
     """The workload with data that nobody has opened."""
     return Workload.of(
@@ -153,6 +164,7 @@ def assumed_work(
         validates=request.validate,
         micro_batch=request.micro_batch,
         threads=threads,
+        device=device,
     )
 
 
@@ -235,14 +247,28 @@ def _load_training() -> None:
     start()
 
 
-def _idle_bytes(bundle: Bundle, profile: Profile | None) -> tuple[int, int]:
-    """Resident memory of the process before a training: of this one, or as it was measured elsewhere; and what another
-    start may have more."""
+def _device_needs(request: PlanRequest, profile: Profile | None) -> DeviceNeeds | None:
+    """What plans must know of the GPU: of the one in this machine, or as assumed of the profile's."""
+    if request.device == "cpu":
+        return None
+    if profile is None:
+        device = open_device(DeviceRequest(request.device), bounded=True)
+        return None if device is None else device.needs
+    if not profile.cuda_context_bytes:
+        raise UsageError(f"{profile.name} has no GPU that CUDA knows: plan for its CPU, or choose another --profile")
+    most = None if profile.shared_memory else profile.device_memory_bytes
+    return DeviceNeeds(profile.cuda_context_bytes, most, WORKSPACE_BYTES, profile.shared_memory)
+
+
+def _idle_bytes(bundle: Bundle, profile: Profile | None, device: DeviceNeeds | None) -> tuple[int, int]:
+    """Memory of the process before a training: of this one, or as it was measured elsewhere; and what another start
+    may have more."""
+    context = 0 if device is None else device.context
     if profile is not None:
-        return idle_process_bytes((bundle.folder / MANIFEST).stat().st_size), 0
+        return idle_process_bytes((bundle.folder / MANIFEST).stat().st_size) + context, 0
     verify(bundle)  # as `train` does: a process that has read large files once is larger
     give_back()
-    return idle_range(rss_bytes())
+    return idle_range(rss_bytes() + context)
 
 
 def _state_bytes(spec: BlockSpec) -> int:

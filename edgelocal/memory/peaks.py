@@ -243,10 +243,11 @@ class Workload:
 
     def _between(self, resident: frozenset[int]) -> int:
         """What else is there while a batch is made or passes through the network in inference mode."""
+        making = self._making if self.device is None else 0  # on a device it is there besides
         if not (self.validates or self.schedule == "sequential"):
-            return self._making
+            return making
         paged = max((n.state_bytes for i, n in enumerate(self.needs) if i not in resident), default=0)
-        return max(self._making, paged + max(self._passing(n) for n in self.needs))
+        return max(making, paged + max(self._passing(n) for n in self.needs))
 
     def on_device(self, micro: Sequence[int], arena: ArenaBytes, beside: int, graphs: int | None = None) -> int:
         """Of the arena and what lies `beside` it, with `graphs` bytes of graphs (None: the least), the part on the

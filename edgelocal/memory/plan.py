@@ -98,7 +98,7 @@ class _Mode:
     states: bool  # all states stay in memory
 
 
-_ALL, _STATES, _NOTHING = _Mode(True, True), _Mode(False, True), _Mode(False, False)
+_ALL, _STATES, _GRAPHS, _NOTHING = _Mode(True, True), _Mode(False, True), _Mode(True, False), _Mode(False, False)
 
 
 def _least_given_up(work: Workload, budget: int | None) -> Plan | None:
@@ -108,7 +108,13 @@ def _least_given_up(work: Workload, budget: int | None) -> Plan | None:
         if _fits(work, plan):
             return plan
     choice = next((choice for choice in work.choices() if work.holds(choice, budget)), None)
-    return None if choice is None else _plan(work, choice.micro, _NOTHING, budget)
+    if choice is None:
+        return None
+    if work.device is not None:  # to drop graphs, which are on the host, makes no room there
+        plan = _plan(work, choice.micro, _GRAPHS, budget)
+        if _fits(work, plan):
+            return plan
+    return _plan(work, choice.micro, _NOTHING, budget)
 
 
 def _with_micro(work: Workload, micro: Sequence[int], budget: int | None) -> Plan | None:

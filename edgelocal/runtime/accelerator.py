@@ -10,11 +10,13 @@ from typing import Protocol
 
 from edgelocal.memory.peaks import DeviceNeeds
 from edgelocal.memory.planned import DevicePlan
+from edgelocal.runtime.library import runtime_info
 from edgelocal.runtime.provider import Provider
 from edgelocal.runtime.tensor import DeviceTensor
 from edgelocal.storage.tensors import Array
 
 ALIGNMENT = 256  # bytes, of what the arena hands out
+WORKSPACE_BYTES = 64 << 20  # of kernels and handles, in plans: an assumption, which the report shows beside what it was
 
 
 class Meter(Protocol):
@@ -33,9 +35,8 @@ class Meter(Protocol):
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device that is ready to work. `model` is its own name for itself; `shared` says whether its memory is the
-    host's; `context_bytes` is what the process held there when it was ready; `workspace_bytes` is what kernels are
-    planned to take.
+    """A device that is ready to work. `model` is its own name for itself; `needs` is what plans must know, as it was
+    when the device became ready.
 
     `prepare` sets up the arena for at most so many bytes (None: what the device has), once in a process, and gives the
     provider. `waiting` gives memory of the host in which states wait.
@@ -43,18 +44,16 @@ class Accelerator:
 
     name: str
     model: str
-    shared: bool
     tf32: bool
-    context_bytes: int
-    workspace_bytes: int
     meter: Meter
+    needs: DeviceNeeds
     prepare: Callable[[int | None], Provider]
     waiting: Callable[[tuple[int, ...], str], Array]
 
-    def needs(self) -> DeviceNeeds:
-        """What plans must know."""
-        most = None if self.shared else self.context_bytes + self.meter.free_bytes()
-        return DeviceNeeds(self.context_bytes, most, self.workspace_bytes, self.shared)
+    def runtime_info(self) -> dict[str, str]:
+        """What the bits of a run depend on."""
+        found = runtime_info().as_dict()
+        return {**found, "provider": self.name, "graph_level": "constants", "gpu": self.model, "tf32": str(self.tf32)}
 
     def provider(self, plan: DevicePlan | None, limit_bytes: int | None) -> Provider:
         """The provider, with the region that is planned in the arena; `limit_bytes` bounds it where nothing is.

@@ -15,6 +15,7 @@ from edgelocal.runtime.arena import give_back
 from edgelocal.runtime.graphs import GraphPool
 from edgelocal.runtime.ort_step import run_artifacts, zero_sums
 from edgelocal.runtime.pages import Page
+from edgelocal.runtime.provider import Provider
 from edgelocal.runtime.session import in_order
 from edgelocal.runtime.tensor import HOST, Place, Tensor
 from edgelocal.storage.tensors import Array
@@ -114,6 +115,11 @@ class Block:
     def place(self) -> Place:
         """Where its tensors lie."""
         return self._graphs.place
+
+    @property
+    def provider(self) -> Provider:
+        """What runs its graphs."""
+        return self._graphs.provider
 
     def forward(self, x: Tensor, *, release: bool = False) -> Tensor:
         """The block's output in inference mode."""

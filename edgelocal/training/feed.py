@@ -1,4 +1,4 @@
-"""The batches of an epoch in their order; for blocks on a device the next one is made while the current one computes."""
+"""The batches of an epoch in order; for blocks on a device the next one is made while the current one computes."""
 
 from __future__ import annotations
 

@@ -112,8 +112,8 @@ class Trained:
     notes: tuple[str, ...]
 
 
-def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None) -> Trained:
-    """The run in `folder`. `bundle_folder` if the bundle was moved.
+def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None, provider: Provider = CPU) -> Trained:
+    """The run in `folder`. `bundle_folder` if the bundle was moved; `provider` runs its graphs.
 
     Raises:
         CheckpointError: no run, no checkpoint, or the bundle is not the one it was trained from.
@@ -135,7 +135,8 @@ def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None) 
         progress = read_progress(loaded.state)
         check_progress(progress, bundle.manifest, info.config)
         notes = _unfinished(info.config, progress.position, len(bundle.manifest.blocks))
-        return Trained(info, bundle, load_blocks(bundle, threads, loaded.state.tensors), notes)
+        blocks = load_blocks(bundle, threads, loaded.state.tensors, provider=provider)
+        return Trained(info, bundle, blocks, notes)
 
 
 def _unfinished(config: TrainConfig, position: Position, blocks: int) -> tuple[str, ...]:
