@@ -15,7 +15,10 @@ import pytest
 from device_tests.device.pretended import CONTEXT, WORKSPACE, pretend
 from device_tests.device.runs import ARTIFACTS, DROPOUT, RESIDUAL, write_data
 from edgelocal.cli import main
+from edgelocal.machine.budget import format_size
 from edgelocal.memory.peaks import DeviceNeeds
+from edgelocal.runtime.cuda import NAME
+from edgelocal.runtime.library import runtime
 from edgelocal.training.run import open_trained
 
 PORTABLE = ("--runtime", "portable")  # the bundle has artifacts too
@@ -152,7 +155,7 @@ def test_what_the_device_holds_counts_against_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = pretend(monkeypatch)
-    there.meter.takes = 1 << 28
+    there.meter.takes = 1 << 29
     said = train(RESIDUAL, tmp_path, "cuda", capsys, "--memory-budget", "2GiB", code=3)["said"]
     assert "the process held" in said
     assert "the budget is 2 GiB" in said
@@ -182,3 +185,44 @@ def test_a_run_goes_on_on_another_device_and_says_so(
     (tmp_path / "run" / "report.json").unlink()
     notes = run(*given, "--device", "cuda", capsys=capsys)["notes"]
     assert "provider was CPUExecutionProvider when run.json was written and is pretended now: bits may differ" in notes
+
+
+def test_the_terminal_and_the_page_show_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch)
+    found = train(ARTIFACTS, tmp_path, "cuda", capsys, *PORTABLE)
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "cuda"), "--html", str(tmp_path / "page.html")])
+    shown = " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "page.html").read_text()
+    for text in (shown, page):
+        assert "memory on a CPU, measured by pretended" in text
+        assert "computed on a CPU without TF32; 0 nodes ran on the CPU" in text
+        assert format_size(found["device"]["planned"]["tensors_bytes"]) in text
+
+
+def test_a_plan_for_a_device_that_is_not_at_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("plan", ARTIFACTS, "--device", "cuda", "--memory-budget", "60%")
+    found = run(*given, "--profile", "jetson-orin-nano-8gb", capsys=capsys)
+    assert found["device"]["context_bytes"] > 0
+    assert found["peak_bytes"] > found["device"]["peak_bytes"]
+    said = run(*given, "--profile", "raspberry-pi-5-4gb", capsys=capsys, code=2)["said"]
+    assert "raspberry-pi-5-4gb has no GPU that CUDA knows" in said
+
+
+@pytest.mark.skipif(NAME in runtime().get_available_providers(), reason="this runtime has CUDA")
+@pytest.mark.parametrize("command", ["train", "plan", "eval"])
+def test_a_runtime_without_cuda_is_said_before_anything_is_written(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == "train":
+        said = train(RESIDUAL, tmp_path, "cuda", capsys, code=2)["said"]
+        assert not (tmp_path / "cuda").exists()
+    elif command == "plan":
+        said = run("plan", ARTIFACTS, "--device", "cuda", capsys=capsys, code=2)["said"]
+    else:
+        train(RESIDUAL, tmp_path, "cpu", capsys)
+        data = ("--data", tmp_path / "d.npz")
+        said = run("eval", tmp_path / "cpu", *data, "--device", "cuda", capsys=capsys, code=2)["said"]
+    assert "has no CUDAExecutionProvider" in said

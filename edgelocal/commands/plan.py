@@ -180,7 +180,9 @@ def assumed_pipeline(manifest: Manifest, request: PlanRequest, batch: int) -> Pi
 
 
 def paged_bytes_per_step(manifest: Manifest, plan: Plan) -> int:
-    """Bytes read and written by paging in a step; sequential: in the step that moves most, without a cache."""
+    """Bytes read from and written to the disk by paging in a step; sequential: in the step that moves most, without a cache."""
+    if plan.device is not None and plan.device.paging == "host":
+        return 0
     moved = [0 if b.resident else _state_bytes(spec) for b, spec in zip(plan.blocks, manifest.blocks, strict=True)]
     if plan.schedule == "interleaved":
         return 2 * sum(moved)
@@ -199,10 +201,14 @@ def advice(manifest: Manifest, plan: Plan, thresholds: Thresholds, usable_bytes:
     paged = [block for block in plan.blocks if not block.resident]
     if paged:
         need = size_up(thresholds.states)
-        found.append(
-            f"the state of {len(paged)} of {len(plan.blocks)} blocks is paged: it waits on disk, is read before every "
-            f"step and written after it, which wears flash memory; from {need} on it stays in memory"
-        )
+        of_all = f"the state of {len(paged)} of {len(plan.blocks)} blocks is paged"
+        if plan.device is not None and plan.device.paging == "host":
+            found.append(f"{of_all}: it waits in the host's memory, and goes to the device and back in every step")
+        else:
+            found.append(
+                f"{of_all}: it waits on disk, is read before every step and written after it, which wears flash "
+                f"memory; from {need} on it stays in memory"
+            )
     if plan.graphs_bytes is not None:
         found.append(
             "graphs are loaded when a block's turn comes, which costs time in every step; from "

@@ -229,10 +229,9 @@ class Trainer:
         with PeakMeter() as meter:
             result = self.blocks[index].step(x, y, hyper, self.config.seed, self.position.steps, micro, release=release)
         measures.add_time(time.perf_counter() - started, slowed=is_slowed(self._rounds))
-        if is_measured(self._rounds):
-            self._read_device()
+        if is_measured(self._rounds) and self.device is None:  # on a device only the whole can be seen
             arena = max(0, meter.growth_bytes - result.written_bytes) if self._only_arena_grows(index) else None
-            measures.add_memory(self._rounds, meter.peak_bytes + self._device_bytes, arena)
+            measures.add_memory(self._rounds, meter.peak_bytes, arena)
         self._step_peak = meter.peak_bytes + self._device_bytes
         self.timeline.add(self._step_peak, index)
         measures.score.add(samples, result.loss, result.metric)
@@ -241,7 +240,7 @@ class Trainer:
     def _only_arena_grows(self, index: int) -> bool:
         """Whether a step of the block takes nothing but the arena and what it writes: neither loads a graph, nor reads
         the state from disk."""
-        if self._rounds == 0 or self.device is not None:
+        if self._rounds == 0:
             return False
         return self.plan is None or (self.plan.graphs_bytes is None and self.plan.blocks[index].resident)
 
