@@ -180,7 +180,8 @@ def assumed_pipeline(manifest: Manifest, request: PlanRequest, batch: int) -> Pi
 
 
 def paged_bytes_per_step(manifest: Manifest, plan: Plan) -> int:
-    """Bytes read from and written to the disk by paging in a step; sequential: in the step that moves most, without a cache."""
+    """Bytes that paging reads from the disk and writes to it in a step; sequential: in the one that moves most, without
+    a cache."""
     if plan.device is not None and plan.device.paging == "host":
         return 0
     moved = [0 if b.resident else _state_bytes(spec) for b, spec in zip(plan.blocks, manifest.blocks, strict=True)]
