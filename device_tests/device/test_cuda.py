@@ -63,7 +63,6 @@ def test_no_cuda_runtime_is_said_with_what_to_install() -> None:
     def load(name: str) -> None:
         raise OSError(name)
 
-    with pytest.raises(
-        RuntimeMissingError, match=r"libcudart.so.13, libcudart.so.12, libcudart.so.11.0 can be loaded: .*pip install"
-    ):
+    listed = r"libcudart.so.13, libcudart.so.12, libcudart.so.11.0 can be loaded: .*pip install"
+    with pytest.raises(RuntimeMissingError, match=listed):
         device_memory(load)

@@ -75,9 +75,7 @@ def test_pinned_memory_is_an_array_and_is_freed_with_it(shape: tuple[int, ...], 
 
 
 def test_no_pinned_memory_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(
-        OverBudgetError, match=r"no 48 bytes of pinned memory .*CUDA error 2.* then states wait on disk"
-    ):
+    with pytest.raises(OverBudgetError, match=r"no 48 bytes of pinned .*CUDA error 2.* then states wait on disk"):
         pinned((3, 4), "float32", loading(Cuda(code=2)))
 
 
