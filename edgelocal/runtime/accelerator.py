@@ -62,7 +62,7 @@ class Accelerator:
             OverBudgetError: the device does not have the region any more.
         """
         provider = self.prepare(limit_bytes if plan is None else plan.limit)
-        if plan is not None:
+        if plan is not None and provider.one_arena:
             reserve(provider, plan.tensors)
         return provider
 

@@ -21,6 +21,7 @@ import numpy as np
 from edgelocal.errors import RuntimeMissingError
 from edgelocal.machine.device import describe
 from edgelocal.machine.doctor import advice
+from edgelocal.machine.packages import release
 from edgelocal.memory.peaks import DeviceNeeds
 from edgelocal.runtime.accelerator import WORKSPACE_BYTES, Accelerator
 from edgelocal.runtime.arena import session_options
@@ -32,6 +33,7 @@ from edgelocal.runtime.tiny import tiny_model
 
 NAME = "CUDAExecutionProvider"
 _SAME_AS_REQUESTED = 1  # of the arena's strategies: a region is as large as what did not fit, and can be given back
+_FIRST_WITH_ONE_ARENA = (1, 23)  # before, tensors come from an arena of their own that grows by powers of two
 _SPLIT_FROM = 256  # bytes of a rest that are worth a chunk of their own
 _SMALL_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:1"  # KiB and pieces, for every handle: Hopper's default is 32 MiB
 _DOCTOR = "`edgelocal doctor` says what is missing; or train with --device cpu"
@@ -115,6 +117,7 @@ def cuda_provider(
         arena="gpu:0",
         fixed_batch=True,
         may_fall_back=may_fall_back,
+        one_arena=release(runtime().__version__) >= _FIRST_WITH_ONE_ARENA,
     )
 
 

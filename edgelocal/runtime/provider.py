@@ -34,7 +34,8 @@ class Provider:
     `arena` names its arena in run options. With `fixed_batch` every session is for one size of the batch, and what only
     depends on sizes is computed when it is loaded: a graph that asks for the shape of a tensor does so on the CPU, and
     the runtime would bring other nodes there with it. `may_fall_back`: whether nodes may run on the CPU; `strays`
-    counts those that do, by operator, as far as the runtime says (`tells`).
+    counts those that do, by operator, as far as the runtime says (`tells`). `one_arena`: whether tensors that are made
+    outside of a run come from the arena that runs use.
     """
 
     name: str = CPU_PROVIDER
@@ -43,6 +44,7 @@ class Provider:
     arena: str = "cpu:0"
     fixed_batch: bool = False
     may_fall_back: bool = True
+    one_arena: bool = True
     strays: Counter[str] = field(default_factory=Counter, compare=False)
 
     @property
