@@ -15,6 +15,8 @@ import sympy
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from edgelocal.exporters.forms import CPU, Forms
+
 OPSET = 18
 IR_VERSION = 8
 
@@ -89,10 +91,12 @@ class Mask(NamedTuple):
 
 class GraphBuilder:
     """Collects nodes in the order of execution. `batch_of` is a graph input whose first dimension is the batch;
-    `derived` says that another will derive its gradients (`exporters.ort_training`), which not all operators stand."""
+    `derived` says that another will derive its gradients (`exporters.ort_training`), which not all operators stand;
+    `forms` are those of the gradients of convolutions."""
 
-    def __init__(self, batch_of: str, *, derived: bool = False) -> None:
+    def __init__(self, batch_of: str, *, derived: bool = False, forms: Forms = CPU) -> None:
         self.derived = derived
+        self.forms = forms
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.masks: list[Mask] = []
