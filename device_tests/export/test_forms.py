@@ -17,7 +17,7 @@ from edgelocal.exporters.forms import CPU, CUDA, Forms, Stack
 
 BATCHED, MERGED = 1 << 30, 0
 CANDIDATES = {
-    f"{stack}, {name}": Forms("products", stack, pairs, kind)
+    f"{stack}, {name}": Forms("products", stack, pairs, kind, "computed")
     for stack, kind in (("tap", "flipped"), ("row", "transposed"), ("kernel", "transposed"))
     for name, pairs in (("batched", BATCHED), ("merged", MERGED))
 }
