@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from edgelocal.bundle.targets import Device
 from edgelocal.commands.on_device import DeviceRequest, open_device
 from edgelocal.data.pipeline import Split, has_split, open_dataset
 from edgelocal.machine.device import describe
@@ -18,7 +19,7 @@ from edgelocal.training.run_info import data_digest
 
 
 def evaluate_run(
-    run: Path, data: Path, bundle: Path | None, batch: int | None, threads: int | None, device: str = "cpu"
+    run: Path, data: Path, bundle: Path | None, batch: int | None, threads: int | None, device: Device = "cpu"
 ) -> dict[str, Any]:
     """Scores of a run on the test split of `data`, or on all of it."""
     accelerator = open_device(DeviceRequest(device), bounded=False)

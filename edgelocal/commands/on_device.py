@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from edgelocal.bundle.targets import Device
 from edgelocal.errors import UsageError
 from edgelocal.runtime.accelerator import Accelerator
 from edgelocal.runtime.provider import Provider
@@ -15,7 +16,7 @@ from edgelocal.training.trainer import Trainer
 class DeviceRequest:
     """What the command line asks for: "cpu" or "cuda", TF32 for products and convolutions, nodes on the CPU."""
 
-    name: str = "cpu"
+    name: Device = "cpu"
     tf32: bool = False
     may_fall_back: bool = False
 

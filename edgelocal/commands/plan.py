@@ -14,6 +14,7 @@ import numpy as np
 
 from edgelocal.bundle.folder import MANIFEST, Bundle, open_bundle, verify
 from edgelocal.bundle.spec import BlockSpec, Manifest, TaskSpec
+from edgelocal.bundle.targets import Device, for_device
 from edgelocal.commands.on_device import DeviceRequest, open_device
 from edgelocal.data.formats.base import Labels
 from edgelocal.data.pipeline import pipeline_bytes
@@ -49,7 +50,7 @@ class PlanRequest:
     augment: bool
     profile: str | None
     threads: int | None
-    device: str = "cpu"
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
     if needs is not None and needs.most is not None:  # memory of its own
         usable += needs.most
     budget = parse_budget(request.memory_budget, usable)
-    manifest = bundle.manifest
+    manifest = for_device(bundle.manifest, request.device)
     if manifest.runtimes == (ORT_TRAINING,):
         raise UsageError(
             f"{bundle.folder} has training artifacts only, and for these nothing is planned; export it with "

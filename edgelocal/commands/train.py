@@ -13,6 +13,7 @@ from typing import Any
 
 from edgelocal.bundle.folder import Bundle, open_bundle, verify
 from edgelocal.bundle.spec import Manifest
+from edgelocal.bundle.targets import Device, for_device
 from edgelocal.commands.job import Job, TrainRequest
 from edgelocal.commands.on_device import DeviceRequest, open_device
 from edgelocal.commands.progress import Display
@@ -61,7 +62,7 @@ def make_request(
     threads: int | None,
     seed: int,
     val_every: int,
-    device: str,
+    device: Device,
     tf32: bool,
     allow_cpu_fallback: bool,
 ) -> TrainRequest:
@@ -147,6 +148,8 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
         raise _no_training_build(PORTABLE in manifest.runtimes)
     verify(bundle)  # damage is found now, not when the block's turn comes after hours
     request.device.check()
+    bundle = replace(bundle, manifest=for_device(manifest, request.device.name))
+    manifest = bundle.manifest
     device = open_device(request.device, bounded=request.budget_bytes is not None)
     request = with_share(request, device)
     if any(holds_images(path) for path in (request.data, request.validation) if path is not None):
