@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def test_memory_that_a_device_has_not_is_an_error_of_ours(make: Make) -> None:
 def test_no_node_runs_on_the_cpu() -> None:
     """Of any graph, in any bundle. `cuda()` refuses such nodes, so this says which, should there be some."""
     strays = {}
-    provider = cuda_provider_that_counts()
+    provider = replace(cuda(), may_fall_back=True)  # the same arena
     for bundle in ("residual", "dropout"):
         opened = open_bundle(GOLDEN / bundle)
         for spec in opened.manifest.blocks:
@@ -144,12 +145,6 @@ def test_no_node_runs_on_the_cpu() -> None:
                 if found := stray_nodes(session, NAME):
                     strays[graph.file] = dict(found)
     assert not strays
-
-
-def cuda_provider_that_counts() -> Provider:
-    """As `cuda()`, in the same arena, where nodes may run on the CPU."""
-    known = cuda()
-    return Provider(known.name, known.place, known.options, known.arena, fixed_batch=True, may_fall_back=True)
 
 
 @needs_gpu

@@ -18,7 +18,7 @@ from edgelocal.commands.export_options import ExportOptions
 from edgelocal.errors import BudgetError, UsageError
 from edgelocal.exporters.bench.result import Measurement, Setting
 from edgelocal.exporters.pack import export_bundle
-from edgelocal.exporters.request import make_request, parse_input
+from edgelocal.exporters.request import ExportRequest, make_request, parse_input
 
 Say = Callable[[str], None]
 _ENOUGH_STEPS = 4  # beyond the two that are measured for memory and so take longer
@@ -43,6 +43,15 @@ def export_variant(
     budget: str | None = None,
 ) -> Bundle:
     """Export the network under `rule` with blocks of the given kind, or those that fit `budget`."""
+    say(f"exporting {variant}")
+    export_bundle(export_request(setting, rule=rule, blocks=blocks, budget=budget), folder, say)
+    return Bundle(variant, folder)
+
+
+def export_request(
+    setting: Setting, *, rule: str, blocks: str = ExportOptions.blocks, budget: str | None = None
+) -> ExportRequest:
+    """What `export_variant` asks for."""
     options = ExportOptions(
         blocks=blocks,
         rule=rule,
@@ -56,9 +65,7 @@ def export_variant(
         seed=setting.seed,
         memory_budget=budget,
     )
-    say(f"exporting {variant}")
-    export_bundle(replace(make_request(setting.network, options), frontier=False), folder, say)
-    return Bundle(variant, folder)
+    return replace(make_request(setting.network, options), frontier=False)
 
 
 def write_samples(setting: Setting, path: Path) -> None:
