@@ -14,6 +14,7 @@ BROWSER := $(strip $(foreach name,chromium chromium-browser google-chrome google
 CAN_INSTALL := $(and $(filter 0,$(shell id -u)),$(shell command -v apt-get))
 
 .PHONY: demo test setup lint device-suites browser slow memory matrix aarch64 clean artifacts artifact-tests
+.PHONY: gpu gpu-prepare gpu-suite gpu-parity gpu-gradients gpu-bench gpu-learning gpu-pages
 
 demo: $(VENV)/ready
 	rm -rf out/demo
@@ -64,6 +65,60 @@ artifact-tests: .venv-artifacts/ready
 artifacts: artifact-tests
 	.venv-artifacts/bin/python benchmarks/runtimes.py
 
+# On a machine with an NVIDIA GPU (docs/cuda.md). Every stage goes on where it ended: `make gpu-bench MINUTES=8` again and
+# again. GPU_PYTHON=python3 takes an interpreter that has all packages, and installs nothing.
+GPU_PYTHON ?= .venv-gpu/bin/python
+GPU_READY := $(if $(filter .venv-gpu/bin/python,$(GPU_PYTHON)),.venv-gpu/ready)
+GPU := PYTHONPATH=$(CURDIR) $(GPU_PYTHON)
+GPU_PARITY := benchmarks/parity.py --device cuda --result out/cuda/result.json --optimizers "sgd nesterov,adamw" \
+	--networks resnet20,resnet32,vgg11,mobilenetv2,vit,mlp
+MINUTES ?= 0
+EPOCHS ?= 30
+GPU_LEARNING := benchmarks/learning_full.py $(CIFAR) --epochs $(EPOCHS) --minutes $(MINUTES)
+
+gpu:
+	$(MAKE) gpu-suite
+	$(MAKE) gpu-parity
+	$(MAKE) gpu-gradients
+	$(MAKE) gpu-bench
+	$(MAKE) gpu-learning
+
+# What needs no GPU: the bundles, and with CIFAR=... the unpacked images.
+gpu-prepare: $(GPU_READY)
+	$(GPU) benchmarks/cuda.py --prepare
+	$(if $(CIFAR),$(GPU) $(GPU_LEARNING) --prepare)
+
+gpu-suite: $(GPU_READY)
+	EDGELOCAL_REQUIRE_GPU=1 $(GPU) -m pytest device_tests/device/test_gpu.py -p no:cacheprovider -s
+	$(GPU) $(SUITE)
+
+gpu-parity: $(GPU_READY)
+	$(GPU) $(GPU_PARITY) --minutes $(MINUTES)
+	$(GPU) $(GPU_PARITY) --minutes $(MINUTES) --tf32
+	$(MAKE) gpu-pages
+
+gpu-gradients: $(GPU_READY)
+	$(GPU) benchmarks/cuda_gradients.py --device cuda --write
+	$(MAKE) gpu-pages
+
+gpu-bench: $(GPU_READY)
+	$(GPU) benchmarks/cuda.py --minutes $(MINUTES)
+	$(MAKE) gpu-pages
+
+gpu-learning: $(GPU_READY)
+	$(GPU) $(GPU_LEARNING)
+	$(MAKE) gpu-pages
+
+gpu-pages: $(GPU_READY)
+	$(GPU) benchmarks/cuda.py --write > /dev/null
+	$(GPU) benchmarks/learning_full.py --write
+
+.venv-gpu/ready: pyproject.toml
+	@echo "Installing into .venv-gpu (PyTorch and ONNX Runtime with CUDA: several GB)"
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python $(PIP) --editable ".[export,image,test]" "onnxruntime-gpu[cuda,cudnn]>=1.24.1" nvidia-ml-py
+	touch $@
+
 $(VENV)/ready: pyproject.toml constraints/newest.txt
 	@echo "Installing into $(VENV) (PyTorch and all: some 1.4 GB, minutes)"
 	$(PYTHON) -m venv $(VENV)
@@ -86,4 +141,4 @@ $(VENV)/ready: pyproject.toml constraints/newest.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-training .venv-artifacts out build dist
+	rm -rf .venv .venv-oldest .venv-training .venv-artifacts .venv-gpu out build dist

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from page_sections import section, with_section
 
 from edgelocal.bundle.spec import InputSpec, TaskSpec
 from edgelocal.data.augment import permutation
@@ -30,6 +31,7 @@ from edgelocal.machine.budget import format_size
 from edgelocal.machine.device import describe
 from edgelocal.storage.whole import staging
 
+GPU_SECTION = "All of CIFAR-10, on a GPU"
 IMAGES = 10_000
 STEPS = 8
 CANDIDATES = {
@@ -74,26 +76,31 @@ def main() -> None:
     }
     print(json.dumps(result) if options.json else table(result))
     if options.write is not None:
-        options.write.write_text(page(result))
+        write_page(options.write, page(result))
 
 
 def prepare(data: Path, work: Path) -> None:
     """The chosen images as arrays: `WORK/data` for learning, `WORK/few` for measuring a few steps."""
     if (work / "data").is_dir():
         return
+    write_arrays(data, work / "few", IMAGES, keep=128 * STEPS)
+    write_arrays(data, work / "data", IMAGES)
+
+
+def write_arrays(data: Path, out: Path, images: int | None, keep: int | None = None) -> None:
+    """The first `images` training images of a seeded permutation (None: all), in the order of the data, and all test
+    images, as arrays; or of the training images the first `keep` alone."""
     spec = InputSpec((3, 32, 32), (0.0,), (1.0,))
     task = TaskSpec("cross_entropy", 10, 0.0, ())
     train, test = (open_dataset(data, split, spec, task) for split in ("train", "test"))
-    chosen = np.sort(permutation(len(train), 0, 0)[:IMAGES])
-    everything = np.arange(len(test))
-    x = np.concatenate([train.read(part) for part in np.array_split(chosen, 20)])
-    for name, count in (("data", IMAGES), ("few", 128 * STEPS)):
-        with staging(work / name) as folder:
-            np.save(folder / "x_train.npy", x[:count])
-            np.save(folder / "y_train.npy", train.labels[chosen][:count])
-            if name == "data":
-                np.save(folder / "x_test.npy", np.concatenate([test.read(p) for p in np.array_split(everything, 20)]))
-                np.save(folder / "y_test.npy", test.labels)
+    chosen = np.sort(permutation(len(train), 0, 0)[:images])[:keep]
+    with staging(out) as folder:
+        np.save(folder / "x_train.npy", np.concatenate([train.read(part) for part in np.array_split(chosen, 20)]))
+        np.save(folder / "y_train.npy", train.labels[chosen])
+        if keep is None:
+            everything = np.arange(len(test))
+            np.save(folder / "x_test.npy", np.concatenate([test.read(p) for p in np.array_split(everything, 20)]))
+            np.save(folder / "y_test.npy", test.labels)
 
 
 def bundle(name: str, seed: int, options: argparse.Namespace) -> Path:
@@ -213,6 +220,12 @@ def table(result: dict[str, Any]) -> str:
             f"| {seconds:.2f} | {seconds / base['step_s']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def write_page(path: Path, text: str) -> None:
+    """Replace the page but for its section of trainings on a GPU, which learning_full.py writes."""
+    kept = section(path.read_text(), GPU_SECTION) if path.is_file() else None
+    path.write_text(text if kept is None else with_section(text, GPU_SECTION, kept))
 
 
 PAGE = """# Learning: what local learning costs and gains

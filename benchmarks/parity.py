@@ -1,6 +1,7 @@
 """Step graphs in ONNX Runtime against eager PyTorch: the same training, the same numbers, how far apart?
 
     python benchmarks/parity.py [--steps 20] [--networks resnet20,vit] [--optimizers adamw] [--json] [--write]
+    python benchmarks/parity.py --device cuda [--tf32] --result out/cuda/result.json
 
 Every case trains in eager PyTorch in float64, which is taken for the truth. Before every step the same state is given
 to the exported step graphs (float32) and to eager PyTorch in float32, and all three do the step on the same batch.
@@ -13,6 +14,10 @@ Errors are relative:
     state       largest ||a - b|| / ||b|| of a tensor (parameters, running statistics) after a step
     on its own  largest error of a loss when the program is never given the state of the truth. Training amplifies
                 rounding: two correct programs part by as much as either parts from the truth
+
+PyTorch stays on the CPU whatever the graphs run on. With --result every row is kept in that file as soon as it is
+measured and is not measured again, and the golden bundle is trained too, 20 steps through the device side itself;
+`benchmarks/cuda.py --write` draws the page of a GPU from that file.
 """
 
 from __future__ import annotations
@@ -25,10 +30,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import cuda_result
 import numpy as np
 import onnxruntime
 import torch
+from on_device import DEVICES, golden_error, make_provider
 from parity_training import TASK, Errors, Graphs, Sample, compare
 
 from edgelocal.bundle.spec import RuleSpec
@@ -37,6 +45,8 @@ from edgelocal.exporters.optimizers import Optimizer, adamw, sgd
 from edgelocal.exporters.partition import partition
 from edgelocal.exporters.rules import LocalBlock, build_blocks
 from edgelocal.exporters.units import load_network
+from edgelocal.machine.device import describe
+from edgelocal.runtime.provider import CPU, Provider
 
 PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
 SHAPE, BATCH = (3, 32, 32), 8
@@ -86,12 +96,13 @@ def batches(steps: int, shape: tuple[int, ...] = SHAPE) -> list[Sample]:
     return [(rng.standard_normal((BATCH, *shape), dtype=np.float32), rng.integers(0, 10, BATCH)) for _ in range(steps)]
 
 
-def measure(case: Case, steps: int) -> Row:
+def measure(case: Case, steps: int, provider: Provider = CPU) -> Row:
     """One line of the table."""
     began = time.perf_counter()
     make, lr = OPTIMIZERS[case.optimizer]
     blocks = make_blocks(case.network, case.blocks)
-    graph, eager = compare(blocks, Graphs(blocks, make(), SHAPE), batches(steps), lr)
+    graphs = Graphs(blocks, make(), SHAPE, provider, BATCH)
+    graph, eager = compare(blocks, graphs, batches(steps), lr)
     return Row(case, steps, graph, eager, time.perf_counter() - began)
 
 
@@ -155,20 +166,58 @@ def label(case: Case) -> str:
     return f"{case.network}, {case.optimizer}, {case.blocks} block{'s' if case.blocks > 1 else ''}"
 
 
+def measure_kept(wanted: Sequence[Case], arguments: argparse.Namespace) -> list[Row]:
+    """The rows of these cases on the device asked for, those that the result has not being measured now."""
+    precision = "tf32" if arguments.tf32 else "float32"
+    kept = cuda_result.read(arguments.result, arguments.device).get("parity", {}).get(precision, {})
+    provider, rows = make_provider(arguments.device, tf32=arguments.tf32), []
+    if arguments.result and "golden" not in kept:
+        kept["golden"] = golden_error(provider)
+        cuda_result.put(arguments.result, arguments.device, ("parity", precision), kept)
+        print(f"20 golden steps: largest relative error of a loss {kept['golden']:.1e}", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
+    for case in wanted:
+        name = f"{label(case)}, {arguments.steps} steps"
+        if name not in kept and time.monotonic() > deadline:
+            print("the time is up: give the same command again, and it goes on from here", file=sys.stderr)
+            break
+        if name not in kept:
+            kept[name] = asdict(measure(case, arguments.steps, provider))
+            if arguments.result:
+                cuda_result.put(arguments.result, arguments.device, ("parity", precision), kept)
+        rows.append(as_row(kept[name]))
+        print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def as_row(values: dict[str, Any]) -> Row:
+    """A row out of its JSON."""
+    return Row(
+        Case(**values["case"]), values["steps"], Errors(**values["graph"]), Errors(**values["eager"]), values["seconds"]
+    )
+
+
 def main() -> None:
     """Measure, print, and with --write replace the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--networks", default=",".join(zoo.names()))
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="of the step graphs")
+    parser.add_argument("--tf32", action="store_true", help="let the GPU round products to 10 bits")
+    parser.add_argument("--result", type=Path, help="keep rows in this file, and take those that are there")
+    parser.add_argument("--minutes", type=float, default=0, help="begin no row after these; 0: no limit")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--write", action="store_true", help=f"write docs/{PAGE.name}")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    for case in cases(arguments.networks.split(","), arguments.optimizers.split(",")):
-        rows.append(measure(case, arguments.steps))
-        print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
+    if arguments.write and arguments.device != "cpu":
+        parser.error(
+            f"docs/{PAGE.name} is of the CPU: give --result, and draw docs/cuda.md by benchmarks/cuda.py --write"
+        )
+    # One thread, as bits depend on it; beside a GPU the CPU only computes what is taken for the truth.
+    torch.set_num_threads(1 if arguments.device == "cpu" else describe().cores)
+    wanted = cases(arguments.networks.split(","), arguments.optimizers.split(","))
+    rows = measure_kept(wanted, arguments)
     if arguments.write:
         PAGE.write_text(page(rows, arguments.steps, "python benchmarks/parity.py " + " ".join(sys.argv[1:])))
     print(json.dumps({"rows": [asdict(row) for row in rows]}) if arguments.json else table(rows))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 
 from edgelocal.bundle.spec import TaskSpec
@@ -19,6 +18,7 @@ from edgelocal.exporters.onnx_step import ExportedGraph, step_graph
 from edgelocal.exporters.optimizers import Optimizer
 from edgelocal.exporters.oracle import Oracle
 from edgelocal.exporters.rules import LocalBlock
+from edgelocal.runtime.provider import CPU, Provider
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
@@ -41,15 +41,26 @@ class Errors:
 
 
 class Graphs:
-    """Blocks trained through their step graphs."""
+    """Blocks trained through their step graphs, in batches of `batch` samples where the provider wants them fixed.
 
-    def __init__(self, blocks: Sequence[LocalBlock], optimizer: Optimizer, shape: Sequence[int]) -> None:
+    Sessions are those of the device side, one thread each; values come and go as arrays, wherever they are run.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[LocalBlock],
+        optimizer: Optimizer,
+        shape: Sequence[int],
+        provider: Provider = CPU,
+        batch: int | None = None,
+    ) -> None:
         self.optimizer = optimizer
         self.graphs: list[ExportedGraph] = []
         for block in blocks:
             self.graphs.append(step_graph(block, TASK, optimizer, tuple(shape), torch.float32))
             shape = [int(d) for d in self.graphs[-1].output("h").shape[1:]]
-        self.sessions = [session(graph.model.SerializeToString()) for graph in self.graphs]
+        fixed = batch if provider.fixed_batch else None
+        self.sessions = [provider.session(graph.model.SerializeToString(), 1, fixed) for graph in self.graphs]
         self.state = [initial(block, graph) for block, graph in zip(blocks, self.graphs, strict=True)]
 
     def step(self, x: Array, y: Array, lr: float) -> list[Arrays]:
@@ -77,15 +88,6 @@ class Graphs:
         feeds = {"x": x, "y": y, **{name: np.asarray(v, np.float32) for name, v in hyper.items()}, **self.state[k]}
         values = self.sessions[k].run(None, feeds)
         return dict(zip([t.name for t in self.graphs[k].outputs], values, strict=True))
-
-
-def session(model: bytes) -> onnxruntime.InferenceSession:
-    """One thread, no memory pattern, as on a device."""
-    options = onnxruntime.SessionOptions()
-    options.enable_mem_pattern = False
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def initial(block: LocalBlock, graph: ExportedGraph) -> Arrays:

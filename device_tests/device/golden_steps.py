@@ -9,7 +9,6 @@ import numpy as np
 
 from edgelocal.data.augment import uniform
 from edgelocal.runtime.block import Block
-from edgelocal.runtime.tensor import Tensor
 from edgelocal.storage.tensors import Array
 
 EXPECTED = Path(__file__).parent / "golden" / "expected.json"
@@ -28,13 +27,14 @@ def batches() -> Iterator[tuple[Array, Array]]:
 
 
 def losses(blocks: Sequence[Block]) -> Array:
-    """Train `blocks` on all batches; the losses of every block (columns) in every step (rows)."""
+    """Train `blocks` on all batches, where they are; the losses of every block (columns) in every step (rows)."""
     hyper = {"lr": LR, **blocks[0].bundle.manifest.optimizer.hyper}
     found = []
     for number, (x, y) in enumerate(batches()):
-        h, row = Tensor.of(x), []
+        h, labels = blocks[0].place.of(x), blocks[0].place.of(y)
+        row = []
         for block in blocks:
-            result = block.step(h, Tensor.of(y), hyper, 0, number)
+            result = block.step(h, labels, hyper, 0, number)
             h = result.h
             row.append(result.loss)
         found.append(row)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from edgelocal.errors import UsageError
-from edgelocal.exporters.bench import torch_side, worker_torch
+from edgelocal.exporters.bench import torch_side, torch_steps, worker_torch
 from edgelocal.exporters.bench.result import Measurement, Setting, combine
 from edgelocal.exporters.bench.torch_side import batch_at_peak, best_checkpointing, measure_bp, segment_candidates
 from edgelocal.exporters.units import load_network
@@ -96,7 +96,7 @@ def test_checkpointed_gradients_are_those_of_the_module() -> None:
     parameters = list(network.module.parameters())
     plain = torch.autograd.grad(network.module(x).square().sum(), parameters)
     for segments in (2, 4, 10):
-        forward = worker_torch.checkpointed(network, segments)
+        forward = torch_steps.checkpointed(network, segments)
         for p in parameters:
             p.grad = None
         forward(x).square().sum().backward()  # type: ignore[no-untyped-call]
@@ -115,7 +115,7 @@ def test_every_segment_but_the_last_runs_twice() -> None:
 
     for index, unit in enumerate(network.units):
         unit.module.register_forward_pre_hook(count(index))
-    worker_torch.checkpointed(network, 4)(torch.randn(2, 3, 8, 8)).sum().backward()  # type: ignore[no-untyped-call]
+    torch_steps.checkpointed(network, 4)(torch.randn(2, 3, 8, 8)).sum().backward()  # type: ignore[no-untyped-call]
     assert runs == [2] * 7 + [1] * 3
 
 
@@ -123,7 +123,7 @@ def test_every_segment_but_the_last_runs_twice() -> None:
     ("units", "segments", "sizes"), [(10, 2, [5, 5]), (10, 4, [2, 2, 3, 3]), (16, 3, [5, 5, 6]), (3, 3, [1, 1, 1])]
 )
 def test_segments_are_equal_and_the_larger_ones_last(units: int, segments: int, sizes: list[int]) -> None:
-    assert worker_torch.segment_sizes(units, segments) == sizes
+    assert torch_steps.segment_sizes(units, segments) == sizes
 
 
 def test_candidates() -> None:
@@ -188,11 +188,14 @@ def test_a_failed_worker_is_told_with_what_it_wrote() -> None:
         ({"batch": 1}, "--batch is 1, expected at least 2"),
         ({"steps": 0}, "--steps is 0, expected at least 1"),
         ({"threads": 0}, "--threads is 0, expected at least 1"),
+        ({"device": "tpu"}, "--device is 'tpu', expected one of cpu, cuda"),
+        ({"device": "cuda", "precision": "int8"}, "--precision is 'int8', expected one of float32, tf32, bf16"),
+        ({"precision": "tf32"}, "--precision tf32 is a matter of GPUs"),
     ],
 )
-def test_values_out_of_range_are_refused(change: dict[str, int], message: str) -> None:
+def test_values_out_of_range_are_refused(change: dict[str, int | str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        worker_torch.measure(replace(MLP, **change), 0)  # type: ignore[arg-type]
+        worker_torch.measure(replace(MLP, **change), torch_steps.Mode())  # type: ignore[arg-type]
 
 
 def test_the_mode_goes_with_the_segments(capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,5 +225,5 @@ def test_children_run_as_an_ordinary_program(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_answer_has_the_agreed_keys() -> None:
     assert [field.name for field in fields(Measurement)] == [
         *("variant", "network", "batch", "segments", "idle_bytes", "working_set_bytes", "process_peak_bytes"),
-        *("step_s", "time_per_sample_s", "parameters", "loss"),
+        *("step_s", "time_per_sample_s", "parameters", "loss", "reserved_bytes"),
     ]

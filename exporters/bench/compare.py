@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -216,15 +215,13 @@ def _found(setting: Setting, rounds: int, done: int, figures: Figures, cuts: lis
 
 
 def _rows(figures: Figures) -> list[dict[str, Any]]:
-    """A variant's medians, its times of all rounds, and `time_ratio`, the median over the rounds of its time beside
-    that of the first variant in the same round: machines slow down and speed up, so median times do not compare."""
+    """A variant's medians, its times of all rounds, and `time_ratio`, its time beside that of the first variant."""
     times = figures.times()
-    first = next(iter(times.values()), [])
     rows = []
     for name, found in figures.results().items():
         values = asdict(found)
         del values["step_s"]
-        ratio = median(own / plain for own, plain in zip(times[name], first, strict=False))
+        ratio = figures.time_ratio(name, next(iter(times)))
         rows.append({"name": name, **values, "times_per_sample_s": times[name], "time_ratio": ratio})
     return rows
 

@@ -18,7 +18,7 @@ from edgelocal.commands.export_options import ExportOptions
 from edgelocal.errors import BudgetError, UsageError
 from edgelocal.exporters.bench.result import Measurement, Setting
 from edgelocal.exporters.pack import export_bundle
-from edgelocal.exporters.request import make_request, parse_input
+from edgelocal.exporters.request import ExportRequest, make_request, parse_input
 
 Say = Callable[[str], None]
 _ENOUGH_STEPS = 4  # beyond the two that are measured for memory and so take longer
@@ -43,6 +43,15 @@ def export_variant(
     budget: str | None = None,
 ) -> Bundle:
     """Export the network under `rule` with blocks of the given kind, or those that fit `budget`."""
+    say(f"exporting {variant}")
+    export_bundle(export_request(setting, rule=rule, blocks=blocks, budget=budget), folder, say)
+    return Bundle(variant, folder)
+
+
+def export_request(
+    setting: Setting, *, rule: str, blocks: str = ExportOptions.blocks, budget: str | None = None
+) -> ExportRequest:
+    """What `export_variant` asks for."""
     options = ExportOptions(
         blocks=blocks,
         rule=rule,
@@ -56,9 +65,7 @@ def export_variant(
         seed=setting.seed,
         memory_budget=budget,
     )
-    say(f"exporting {variant}")
-    export_bundle(replace(make_request(setting.network, options), frontier=False), folder, say)
-    return Bundle(variant, folder)
+    return replace(make_request(setting.network, options), frontier=False)
 
 
 def write_samples(setting: Setting, path: Path) -> None:
@@ -92,7 +99,7 @@ def measure_own(
         "--no-augment",
         "--json",
     ]
-    line += ["--checkpoint-seconds", "100000"]
+    line += ["--checkpoint-seconds", "100000", *device_options(setting)]
     if budget_bytes is not None:
         line += ["--memory-budget", str(budget_bytes)]
     done = subprocess.run(line, capture_output=True, text=True, env=dict(os.environ), check=False)
@@ -103,22 +110,54 @@ def measure_own(
     return _measurement(setting, bundle, json.loads(done.stdout))
 
 
+def device_options(setting: Setting) -> list[str]:
+    """Options of `edgelocal train` that the setting asks for.
+
+    Raises:
+        UsageError: the runtime cannot train so.
+    """
+    if setting.device == "cpu":
+        return []
+    if setting.precision == "bf16":
+        raise UsageError("ONNX Runtime's CUDA provider has no convolution in bfloat16")
+    return ["--device", setting.device, *(["--tf32"] if setting.precision == "tf32" else [])]
+
+
 def _measurement(setting: Setting, bundle: Bundle, report: dict[str, Any]) -> Measurement:
     step = sum(block["latency_s"]["p50"] for block in report["blocks"])
     losses = tuple(block["training"]["loss"] for block in report["blocks"] if block["training"])
+    idle, peak, reserved = _memory(setting, report)
     return Measurement(
         variant=bundle.variant,
         network=setting.network,
         batch=setting.batch,
         segments=0,
-        idle_bytes=report["idle_bytes"],
-        working_set_bytes=report["process_peak_bytes"] - report["idle_bytes"],
-        process_peak_bytes=report["process_peak_bytes"],
+        idle_bytes=idle,
+        working_set_bytes=peak - idle,
+        process_peak_bytes=peak,
         step_s=(step,),
         time_per_sample_s=step / setting.batch,
         parameters=sum(sum(block["parameters"].values()) for block in report["blocks"]),
         loss=losses[-1:],
+        reserved_bytes=reserved,
     )
+
+
+def _memory(setting: Setting, report: dict[str, Any]) -> tuple[int, int, int | None]:
+    """Idle and peak bytes of the process, and those of its arena on a device: the one place that knows how a report
+    says so.
+
+    Raises:
+        UsageError: a training on a device whose report does not say what it took there, or that partly ran elsewhere.
+    """
+    device = report.get("device")
+    if setting.device == "cpu":
+        return report["idle_bytes"], report["process_peak_bytes"], None
+    if not device or device["name"] != setting.device:
+        raise UsageError(f"a training on {setting.device} reported {device!r} as its device; upgrade edgelocal")
+    if device["fallback_nodes"]:
+        raise UsageError(f"{device['fallback_nodes']} nodes of a training on {setting.device} ran on the CPU")
+    return device["context_bytes"], device["peak_bytes"], device["arena_bytes"]
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from edgelocal.errors import BudgetError, UsageError
+from edgelocal.errors import BudgetError, EdgelocalError, UsageError
 from edgelocal.exporters.bench.result import Measurement, combine
 from edgelocal.machine.budget import format_size
+from edgelocal.storage.decode import decode
 from edgelocal.storage.whole import atomic_write
 
 Say = Callable[[str], None]
@@ -25,14 +27,34 @@ class Variant:
 
 
 class Figures:
-    """What was measured so far, in `skipped` what was not and why, in `budgets` the bytes that variants were given."""
+    """What was measured so far, in `skipped` what was not and why, in `budgets` the bytes that variants were given.
 
-    def __init__(self, say: Say) -> None:
+    Variants that fail with one of `forgiven` are skipped, other errors end the benchmark.
+    """
+
+    def __init__(self, say: Say, forgiven: tuple[type[EdgelocalError], ...] = (BudgetError,)) -> None:
         self.skipped: list[dict[str, str]] = []
         self.budgets: dict[str, int] = {}
         self._say = say
+        self._forgiven = forgiven
         self._found: dict[str, list[Measurement]] = {}
         self._failed: set[str] = set()
+
+    def known(self) -> dict[str, Any]:
+        """All measurements as JSON values, and what was skipped."""
+        rounds = {name: [asdict(one) for one in found] for name, found in self._found.items()}
+        return {"rounds": rounds, "skipped": list(self.skipped)}
+
+    def learn(self, known: dict[str, Any]) -> None:
+        """Take over what `known` gave before."""
+        for name, rounds in known["rounds"].items():
+            self._found[name] = [decode(Measurement, one, name) for one in rounds]
+        self.skipped += known["skipped"]
+        self._failed |= {skipped["name"] for skipped in known["skipped"]}
+
+    def left(self, variant: Variant, number: int) -> bool:
+        """Whether the variant is still to be measured in round `number`, counted from 1."""
+        return variant.name not in self._failed and len(self._found.get(variant.name, ())) < number
 
     def skip(self, name: str, why: str) -> None:
         """Leave a variant out from now on."""
@@ -41,13 +63,13 @@ class Figures:
         self._failed.add(name)
 
     def measure(self, variants: Sequence[Variant], where: str) -> None:
-        """Each variant once; one that does not fit its budget is left out from then on."""
+        """Each variant once; one that does not fit its budget, or is forgiven, is left out from then on."""
         for number, variant in enumerate(variants, start=1):
             if variant.name in self._failed:
                 continue
             try:
                 result = variant.run()
-            except BudgetError as error:
+            except self._forgiven as error:
                 self.skip(variant.name, str(error))
                 continue
             self._found.setdefault(variant.name, []).append(result)
@@ -59,6 +81,12 @@ class Figures:
     def times(self) -> dict[str, list[float]]:
         """Seconds a sample in every round, by the name of the variant."""
         return {name: [r.time_per_sample_s for r in rounds] for name, rounds in self._found.items()}
+
+    def time_ratio(self, name: str, base: str) -> float:
+        """The median over the rounds of a variant's time beside that of `base` in the same round: machines slow down
+        and speed up, so median times do not compare."""
+        times = self.times()
+        return median(own / other for own, other in zip(times[name], times[base], strict=False))
 
     def results(self) -> dict[str, Measurement]:
         """Medians over the rounds, by the name of the variant."""

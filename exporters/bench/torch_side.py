@@ -52,6 +52,15 @@ def measure_checkpointed(setting: Setting, segments: int) -> Measurement:
     return _run(setting, ["--mode", "checkpoint", "--segments", str(segments)])
 
 
+def measure_mode(setting: Setting, mode: str, *options: str) -> Measurement:
+    """Any mode of the worker, see there; `options` as on its command line.
+
+    Raises:
+        UsageError: as `measure_bp`.
+    """
+    return _run(setting, ["--mode", mode, *options])
+
+
 def best_checkpointing(setting: Setting, say: Say, measure: MeasureSegments = measure_checkpointed) -> Measurement:
     """Of `segment_candidates` the number of segments with the least working set, in short processes.
 

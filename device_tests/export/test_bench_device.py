@@ -1,0 +1,143 @@
+"""The side-by-side benchmark on a device, told without one: programs, meters, the reader of reports."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from edgelocal.bundle.spec import RuleSpec, TaskSpec
+from edgelocal.errors import UsageError
+from edgelocal.exporters.bench import own_side
+from edgelocal.exporters.bench.meters import CudaMeter, Peak
+from edgelocal.exporters.bench.own_side import device_options
+from edgelocal.exporters.bench.result import Setting
+from edgelocal.exporters.bench.torch_steps import LR, Mode, local_step
+from edgelocal.exporters.optimizers import sgd
+from edgelocal.exporters.oracle import Oracle
+from edgelocal.exporters.partition import partition
+from edgelocal.exporters.rules import build_blocks
+from edgelocal.exporters.units import load_network
+
+GPU = Setting("resnet8", device="cuda")
+
+
+def test_the_local_program_is_the_training_that_graphs_are_compared_with() -> None:
+    network = load_network("resnet8", (3, 16, 16), 10, 0)
+    cut = partition(network, blocks=2, rule="auglocal", depth=1, tail="merge")
+    blocks = build_blocks(network, RuleSpec("auglocal", 1, 0.5, 1, "merge"), cut, seed=0)
+    task, optimizer = TaskSpec("cross_entropy", 10, 0.0, ()), sgd(0.9, 1e-4, nesterov=True)
+    oracle = Oracle(copy.deepcopy(list(blocks)), task, optimizer.reference, torch.float32)
+    step = local_step(blocks, Setting("resnet8"))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        x, y = torch.randn(4, 3, 16, 16, generator=generator), torch.randint(10, (4,), generator=generator)
+        assert step(x, y) == pytest.approx(float(oracle.step(x, y, LR)[-1][0]), rel=1e-5)
+    assert all(p.grad is None for block in blocks for p in block.parameters())  # freed with the block's update
+    for block, other in zip(blocks, oracle.blocks, strict=True):
+        torch.testing.assert_close(block.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+class Device:
+    """What `torch.cuda` and NVML would say of a device on which others hold 100 bytes."""
+
+    def __init__(self) -> None:
+        self.used, self.peak = 100, 0
+
+    def nvmlInit(self) -> None:  # noqa: N802 (the name is the library's)
+        """Nothing to do."""
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 1
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:  # noqa: N802
+        return SimpleNamespace(used=self.used)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    found = Device()
+
+    def ones(*size: int, device: str) -> torch.Tensor:
+        found.used += 500  # the context
+        return torch.zeros(1)
+
+    def forget() -> None:
+        found.peak = 0
+
+    for name, fake in {
+        "is_available": lambda: True,
+        "mem_get_info": lambda: (10_000 - found.used, 10_000),
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": forget,
+        "max_memory_allocated": lambda: found.peak,
+        "max_memory_reserved": lambda: 70,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setitem(sys.modules, "pynvml", found)  # type: ignore[arg-type]
+    return found
+
+
+def test_context_and_process_are_told_apart_from_what_others_hold(device: Device) -> None:
+    meter = CudaMeter()
+    device.used, device.peak = 100 + 500 + 90, 80
+    meter.warmed()
+    device.peak = 60
+    assert meter.read() == Peak(500, 60, 590, 70)
+
+
+def test_without_nvml_the_cuda_runtime_is_asked(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    device.used = 0
+    meter = CudaMeter()
+    device.used += 90
+    assert meter.read() == Peak(500, 0, 590, 70)
+
+
+def test_of_several_devices_nvml_might_mean_another(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "nvmlDeviceGetCount", lambda self: 2)
+    device.used = 0
+    assert CudaMeter().read().idle_bytes == 500
+
+
+def test_no_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="sees no CUDA device"):
+        CudaMeter()
+
+
+def report(**device: Any) -> dict[str, Any]:
+    known = {"name": "cuda", "context_bytes": 300, "arena_bytes": 50, "peak_bytes": 400, "fallback_nodes": 0}
+    return {"idle_bytes": 1, "process_peak_bytes": 3, "device": {**known, **device}}
+
+
+def test_memory_is_that_of_the_device_the_training_was_on() -> None:
+    assert own_side._memory(Setting("resnet8"), {"idle_bytes": 1, "process_peak_bytes": 3}) == (1, 3, None)
+    assert own_side._memory(GPU, report()) == (300, 400, 50)
+    with pytest.raises(UsageError, match="reported None as its device"):
+        own_side._memory(GPU, {"device": None})
+    with pytest.raises(UsageError, match=r"4 nodes .* ran on the CPU"):
+        own_side._memory(GPU, report(fallback_nodes=4))
+
+
+def test_what_the_command_is_told() -> None:
+    assert device_options(Setting("resnet8")) == []
+    assert device_options(GPU) == ["--device", "cuda"]
+    assert device_options(Setting("resnet8", device="cuda", precision="tf32")) == ["--device", "cuda", "--tf32"]
+    with pytest.raises(UsageError, match="no convolution in bfloat16"):
+        device_options(Setting("resnet8", device="cuda", precision="bf16"))
+
+
+def test_a_mode_is_checked() -> None:
+    Mode("local").check()
+    with pytest.raises(UsageError, match="--mode is 'no', expected one of bp, compile"):
+        Mode("no").check()
