@@ -25,6 +25,8 @@ from edgelocal.machine.problem import Problem
 FIRST_WITH_PRELOAD = (1, 21)  # whose [cuda,cudnn] brings the libraries, and whose preload_dlls() finds them
 _OLDER = 'pip install "onnxruntime-gpu[cuda,cudnn]>=1.23.2,<1.27"'
 
+_NO_DRIVER = "install NVIDIA's driver, or start the container with the GPU (docker run --gpus all)"
+
 
 @dataclass(frozen=True)
 class Cuda:
@@ -50,6 +52,8 @@ def no_cuda_wheel(info: DeviceInfo) -> str:
 
 def cuda_advice(info: DeviceInfo, runtimes: Mapping[str, str]) -> str:
     """What to type for `train --device cuda`, given the runtimes that are installed."""
+    if not accelerator(info):
+        return f"no NVIDIA GPU is seen here: {_NO_DRIVER}, or use --device cpu"
     command = cuda_command(info)
     if command is None:
         return f"{no_cuda_wheel(info)}; use --device cpu"
@@ -71,8 +75,7 @@ def cuda_problems(info: DeviceInfo, runtimes: Mapping[str, str], cuda: Cuda) -> 
     if not accelerator(info):
         yield Problem(
             f"{runtime} is for an NVIDIA GPU, and none is seen here",
-            "install NVIDIA's driver, or start the container with the GPU (docker run --gpus all); --device cpu works "
-            "as it is",
+            f"{_NO_DRIVER}; training on the CPU works with it",
         )
     elif not cuda.setup.provider:
         yield Problem(f"{runtime} has no CUDA provider", cuda_advice(info, runtimes))
@@ -106,7 +109,7 @@ def _library_problems(info: DeviceInfo, runtime: str, version: str, setup: CudaS
     if DRIVER in setup.missing:
         yield Problem(
             f"NVIDIA's driver library {DRIVER} is not found",
-            "install NVIDIA's driver, or start the container with the GPU (docker run --gpus all)",
+            _NO_DRIVER,
         )
 
 
