@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from device_tests.device.fake_gpu import CONTEXT, FakeGpu
 from device_tests.device.test_cuda_doctor import H200, MACHINE, SETUP, without
 from edgelocal.errors import EdgelocalError, OverBudgetError, RuntimeMissingError
 from edgelocal.machine.cuda_doctor import Cuda
 from edgelocal.machine.cuda_libraries import CudaSetup
 from edgelocal.machine.device import DeviceInfo
+from edgelocal.machine.gpu_libraries import LibraryError
+from edgelocal.machine.gpu_memory import Meter, gpu_meter
 from edgelocal.machine.packages import accelerator
 from edgelocal.runtime import cuda_setup
 from edgelocal.runtime.cuda_setup import PROVIDER, make_ready, preload
@@ -80,11 +84,13 @@ class OldGpu(Gpu):
     preload_dlls = property()  # type: ignore[assignment]
 
 
-def ready(gpu: Gpu, setup: CudaSetup = SETUP) -> None:
+def ready(gpu: Gpu, setup: CudaSetup = SETUP, device: FakeGpu | None = None) -> Meter:
+    device = device or FakeGpu()
+
     def look() -> tuple[DeviceInfo, Cuda]:
         return MACHINE, Cuda(H200, setup)
 
-    make_ready(gpu, look)
+    return make_ready(gpu, look, lambda: gpu_meter(device.load, Path("/nowhere"), 4242))
 
 
 def said(gpu: Gpu, setup: CudaSetup = SETUP) -> tuple[type[EdgelocalError], str]:
@@ -100,7 +106,7 @@ def gpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu_that_works_is_ready_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     gpu = Gpu(printed="Failed to load libcufft.so.12")
-    ready(gpu)
+    assert ready(gpu).used_bytes() == CONTEXT
     assert gpu.preloaded == [
         {"cuda": True, "cudnn": False, "directory": ""},
         {"cuda": False, "cudnn": True, "directory": ""},
@@ -146,6 +152,14 @@ def test_a_device_without_memory_is_over_the_budget() -> None:
 
 def test_a_gpu_that_cannot_add_is_not_trusted() -> None:
     assert "1 + 1 is 3.0 on this GPU" in said(Gpu(wrong_by=1.0))[1]
+
+
+def test_the_runtime_is_heard_before_the_meter() -> None:
+    broken = FakeGpu(codes={"cudaDeviceGetAttribute": 35})
+    with pytest.raises(RuntimeMissingError, match="CUDA failure 100"):
+        ready(Gpu(at_load=NO_DEVICE), device=broken)
+    with pytest.raises(LibraryError, match="cudaDeviceGetAttribute gave error 35"):
+        ready(Gpu(), device=broken)
 
 
 def test_an_old_runtime_is_told_where_the_libraries_are() -> None:

@@ -24,6 +24,8 @@ from edgelocal.machine.cuda_libraries import SYSTEM, CudaSetup, preload_folders,
 from edgelocal.machine.device import DeviceInfo, describe
 from edgelocal.machine.doctor import installed_runtimes
 from edgelocal.machine.gpu import read_gpu
+from edgelocal.machine.gpu_libraries import LibraryError
+from edgelocal.machine.gpu_memory import Meter, gpu_meter
 from edgelocal.runtime.tiny import tiny_model
 
 PROVIDER = "CUDAExecutionProvider"
@@ -38,8 +40,12 @@ def look() -> tuple[DeviceInfo, Cuda]:
     return info, Cuda(read_gpu(), read_cuda(machine=info.machine))
 
 
-def make_ready(ort: Any, look: Callable[[], tuple[DeviceInfo, Cuda]] = look) -> None:
+def make_ready(
+    ort: Any, look: Callable[[], tuple[DeviceInfo, Cuda]] = look, open_meter: Callable[[], Meter] = gpu_meter
+) -> Meter:
     """Load the CUDA libraries and run a graph on the GPU; afterwards the process has its CUDA context.
+
+    The meter that is given back was made before, so that it counts the context where that can be counted.
 
     Raises:
         RuntimeMissingError: the runtime has no CUDA provider, or it does not work here; says what is missing.
@@ -51,11 +57,18 @@ def make_ready(ort: Any, look: Callable[[], tuple[DeviceInfo, Cuda]] = look) -> 
     info, cuda = look()
     preload(ort, cuda.setup)
     try:
+        meter: Meter | LibraryError = open_meter()
+    except LibraryError as error:
+        meter = error  # the runtime's own words about the same are better
+    try:
         reason = _try(ort)
     except Exception as error:  # noqa: BLE001 (whatever the runtime raises is the reason)
         raise _failure(" ".join(str(error).split()), info, cuda, ort) from None
     if reason:
         raise _failure(reason, info, cuda, ort)
+    if isinstance(meter, LibraryError):
+        raise meter
+    return meter
 
 
 def preload(ort: Any, setup: CudaSetup) -> str:
