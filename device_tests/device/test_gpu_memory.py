@@ -118,6 +118,14 @@ def test_a_shared_device_that_nobody_knows_is_asked_itself(tmp_path: Path) -> No
     assert (meter.used_bytes(), meter.free_bytes()) == (MIB, gpu.total - gpu.used)
 
 
+def test_the_runtime_library_that_is_loaded_is_taken_before_a_newer_one() -> None:
+    twelve = FakeGpu()
+    assert CudaRuntime(twelve.load).capability() == 87  # the last of those that are tried
+    nowhere = "libnowhere.so.99"
+    assert gpu_libraries.loaded_first((nowhere, "libc.so.6")) == ("libc.so.6", nowhere)
+    assert gpu_libraries.loaded_first((nowhere, "libnot.so.1")) == (nowhere, "libnot.so.1")
+
+
 def test_many_processes_take_a_second_question() -> None:
     gpu = FakeGpu(others=dict.fromkeys(range(100), MIB), own=CONTEXT)
     assert len(Nvml("0000:19:00.0", gpu.load).processes()) == 101
@@ -141,8 +149,8 @@ def test_capability_and_memory_of_the_device() -> None:
 
 
 def test_no_library_or_no_device_is_said() -> None:
-    with pytest.raises(LibraryError, match=r"none of libcudart.so.13, libcudart.so.12 can be loaded; see `edgelocal d"):
-        device_memory(FakeGpu(without=("libcudart.so.12",)).load)
+    with pytest.raises(LibraryError, match=r"none of .*libcudart.so.12, libcudart.so.11.0 can be loaded; see"):
+        device_memory(FakeGpu(without=("libcudart.so.11.0",)).load)
     with pytest.raises(RuntimeMissingError, match=r"CUDA does not answer \(cudaMemGetInfo gave error 100\)"):
         device_memory(FakeGpu(codes={"cudaMemGetInfo": 100}).load)
 

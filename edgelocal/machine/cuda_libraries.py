@@ -27,7 +27,7 @@ WHEELS, TORCH, SYSTEM, UNKNOWN_TO_LOADER = "NVIDIA's wheels", "torch", "system",
 # What the provider loads when it first needs it, so that it is not linked with it: cuDNN for convolutions, the others
 # for operators that no step graph has. Their numbers are not CUDA's.
 _CUFFT = {12: "libcufft.so.11", 13: "libcufft.so.12"}
-_CUDA = re.compile(r"lib(cuda|cudart|cublas|cublasLt|cudnn|cufft|curand|nvrtc)\.so\.[0-9]+")
+_CUDA = re.compile(r"lib(cuda|cudart|cublas|cublasLt|cudnn|cufft|curand|nvrtc)\.so\.[0-9.]+")
 _VERSION = re.compile(r"""^cuda_version\s*=\s*["']([0-9]{1,3})""", re.MULTILINE)
 _STANDARD = ("usr/lib/{}-linux-gnu", "lib/{}-linux-gnu", "usr/lib64", "lib64", "usr/lib", "lib", "usr/lib/wsl/lib")
 _JETSON = ("usr/lib/{}-linux-gnu/nvidia", "usr/lib/{}-linux-gnu/tegra")
@@ -118,7 +118,7 @@ def _major(linked: Iterable[str], build_info: str) -> int | None:
     """Of CUDA, from the runtime library of CUDA that the provider is linked with, or what its build wrote down."""
     for name in linked:
         if name.startswith("libcudart.so."):
-            return int(name.rsplit(".", 1)[1])
+            return int(name.split(".")[2])  # libcudart.so.11.0
     written = _VERSION.search(build_info)
     return int(written[1]) if written else None
 

@@ -7,6 +7,7 @@ cuda_runtime_api.h and nvml.h, the same in CUDA 12 and 13.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from edgelocal.errors import RuntimeMissingError
 
 Load = Callable[[str], Any]
 
-RUNTIMES = ("libcudart.so.13", "libcudart.so.12")
+RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0")
 NVML = "libnvidia-ml.so.1"
 _INTEGRATED = 18  # cudaDevAttrIntegrated: the GPU works in the memory of the CPU
 _MAJOR, _MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor and -Minor
@@ -44,7 +45,7 @@ class CudaRuntime:
     """
 
     def __init__(self, load: Load = ctypes.CDLL) -> None:
-        self._library = _first(load, RUNTIMES)
+        self._library = cuda_library(load)
 
     def memory(self) -> DeviceMemory:
         """cudaMemGetInfo; makes the process's context if there is none yet."""
@@ -153,6 +154,29 @@ class Nvml:
         code = -1 if function is None else function(*arguments)
         if code != 0:
             raise LibraryError(f"NVML does not answer ({name} gave error {code})")
+
+
+def cuda_library(load: Load = ctypes.CDLL) -> Any:
+    """CUDA's runtime library, by its C names: the one that this process has loaded already (a second one of another
+    version would be a stranger to it), else the newest.
+
+    Raises:
+        LibraryError: none can be loaded.
+    """
+    return _first(load, loaded_first(RUNTIMES) if load is ctypes.CDLL else RUNTIMES)
+
+
+def loaded_first(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, those of libraries that this process has loaded before the others."""
+    return tuple(sorted(names, key=lambda name: not _is_loaded(name)))
+
+
+def _is_loaded(name: str) -> bool:
+    try:
+        ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return False
+    return True
 
 
 def _first(load: Load, names: tuple[str, ...]) -> Any:

@@ -1,5 +1,5 @@
-"""CUDA made ready: its libraries are loaded through the runtime, and a small graph is run on the GPU, because a session
-that cannot have the CUDA provider does not always say so.
+"""The CUDA libraries are loaded through the runtime; and where CUDA does not work, that is explained by what the doctor
+finds.
 
 Seen of onnxruntime-gpu 1.31.1: where a library is missing, it writes to stderr, makes the session on the CPU, and
 raises nothing, also with `enable_fallback=0`; only `get_providers()` tells. Where the libraries are there and the
@@ -16,22 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from edgelocal.errors import EdgelocalError, OverBudgetError, RuntimeMissingError
+from edgelocal.errors import OverBudgetError, RuntimeMissingError
 from edgelocal.machine.cuda_doctor import Cuda, cuda_advice, cuda_problems, missing_text
 from edgelocal.machine.cuda_libraries import SYSTEM, CudaSetup, preload_folders, read_cuda
 from edgelocal.machine.device import DeviceInfo, describe
 from edgelocal.machine.doctor import installed_runtimes
 from edgelocal.machine.gpu import read_gpu
-from edgelocal.machine.gpu_libraries import LibraryError
-from edgelocal.machine.gpu_memory import Meter, gpu_meter
-from edgelocal.runtime.tiny import tiny_model
 
 PROVIDER = "CUDAExecutionProvider"
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
-_FAILURE = re.compile(r"CUDA (?:failure|error) ?([0-9]*):? ?([^;\n]*)")
-_SHAPE = (4,)
+_FAILURE = re.compile(r"CUDA (?:failure|error) ?([0-9]*):? ?([^;]*)")
+LEFT_OUT = "the runtime could not load its CUDA provider and would go on with the CPU"
 
 
 def look() -> tuple[DeviceInfo, Cuda]:
@@ -40,35 +35,17 @@ def look() -> tuple[DeviceInfo, Cuda]:
     return info, Cuda(read_gpu(), read_cuda(machine=info.machine))
 
 
-def make_ready(
-    ort: Any, look: Callable[[], tuple[DeviceInfo, Cuda]] = look, open_meter: Callable[[], Meter] = gpu_meter
-) -> Meter:
-    """Load the CUDA libraries and run a graph on the GPU; afterwards the process has its CUDA context.
-
-    The meter that is given back was made before, so that it counts the context where that can be counted.
+def load_libraries(ort: Any, machine: Callable[[], tuple[DeviceInfo, Cuda]] = look) -> None:
+    """Load the CUDA libraries from where they are.
 
     Raises:
-        RuntimeMissingError: the runtime has no CUDA provider, or it does not work here; says what is missing.
-        OverBudgetError: the device has no memory for it.
+        RuntimeMissingError: the runtime has no CUDA provider; says what to install.
     """
+    info, cuda = machine()
     if PROVIDER not in ort.get_available_providers():
-        advice = cuda_advice(describe(), installed_runtimes())
+        advice = cuda_advice(info, installed_runtimes())
         raise RuntimeMissingError(f"the ONNX Runtime that is installed has no {PROVIDER}: {advice}")
-    info, cuda = look()
     preload(ort, cuda.setup)
-    try:
-        meter: Meter | LibraryError = open_meter()
-    except LibraryError as error:
-        meter = error  # the runtime's own words about the same are better
-    try:
-        reason = _try(ort)
-    except Exception as error:  # noqa: BLE001 (whatever the runtime raises is the reason)
-        raise _failure(" ".join(str(error).split()), info, cuda, ort) from None
-    if reason:
-        raise _failure(reason, info, cuda, ort)
-    if isinstance(meter, LibraryError):
-        raise meter
-    return meter
 
 
 def preload(ort: Any, setup: CudaSetup) -> str:
@@ -85,21 +62,12 @@ def preload(ort: Any, setup: CudaSetup) -> str:
     return printed.getvalue()
 
 
-def _try(ort: Any) -> str:
-    """Add on the GPU; what is wrong in words, "" if nothing is."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    model = tiny_model([("Add", ("x", "x"), "y")], {"x": _SHAPE}, ("y", _SHAPE))
-    session = ort.InferenceSession(model, options, providers=[PROVIDER], enable_fallback=0)
-    if PROVIDER not in session.get_providers():
-        return "the runtime could not load its CUDA provider and would go on with the CPU"
-    x = np.arange(_SHAPE[0], dtype=np.float32)
-    [y] = session.run(["y"], {"x": x})
-    return "" if np.array_equal(y, x + x) else f"1 + 1 is {y[1]} on this GPU"
-
-
-def _failure(reason: str, info: DeviceInfo, cuda: Cuda, ort: Any) -> EdgelocalError:
-    """What was raised or seen, with what the doctor finds on this machine."""
+def explained(
+    reason: str, ort: Any, machine: Callable[[], tuple[DeviceInfo, Cuda]] = look
+) -> RuntimeMissingError | OverBudgetError:
+    """Why CUDA cannot be used: what the runtime raised or did, with what the doctor finds on this machine."""
+    info, cuda = machine()
+    reason = " ".join(reason.split())
     found = _FAILURE.search(reason)
     short = f"CUDA failure {found[1]}: {found[2].strip()}" if found else reason[:300]
     if found and found[1] == str(_OUT_OF_MEMORY):
