@@ -154,6 +154,8 @@ def test_core_quotas(tmp_path: Path, files: dict[str, str], quota: int) -> None:
             "NVIDIA Jetson Orin Nano",
         ),
         ({"dev/nvidia0": ""}, False, True, None),
+        ({"dev/nvidia3": ""}, False, True, None),  # a container with the fourth GPU only
+        ({"dev/nvidiactl": ""}, False, False, None),
         ({"usr/bin/nvidia-smi": ""}, False, True, None),
     ],
 )

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path("/")
 
 _MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
-_CUDA_TRACES = ("dev/nvidia0", "dev/nvhost-gpu", "usr/bin/nvidia-smi", "usr/lib/wsl/lib/nvidia-smi")
+_CUDA_TRACES = ("dev/nvidia[0-9]*", "dev/nvhost-gpu", "usr/bin/nvidia-smi", "usr/lib/wsl/lib/nvidia-smi")
 _CGROUP_MOUNTS = {"": ("", "unified"), "memory": ("memory",), "cpu": ("cpu", "cpu,cpuacct")}
 # cgroup v1 writes "no limit" as the largest page-aligned 63-bit number.
 _UNLIMITED_BYTES = 1 << 62
@@ -66,7 +66,7 @@ def describe(root: Path = ROOT, folder: Path = Path()) -> DeviceInfo:
         disk_free_bytes=shutil.disk_usage(folder).free,
         model=model,
         jetson=(root / "etc/nv_tegra_release").exists() or "jetson" in (model or "").lower(),
-        cuda=any((root / trace).exists() for trace in _CUDA_TRACES),
+        cuda=any(any(root.glob(trace)) for trace in _CUDA_TRACES),
     )
 
 

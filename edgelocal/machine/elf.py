@@ -28,7 +28,7 @@ class GpuCode:
 
     def runs_on(self, capability: int) -> bool:
         """False: it cannot. Machine code runs on its own generation, from its own number upwards. NVIDIA says that of
-        GPUs in general; whether a desktop's code runs on a Jetson's GPU of that generation, only a run tells."""
+        GPUs in general; of a desktop's code on a Jetson's GPU (8.0 on 8.7) there are reports that it ran."""
         of_generation = any(own // 10 == capability // 10 and own <= capability for own in self.sass)
         return of_generation or any(own <= capability for own in self.ptx)
 
