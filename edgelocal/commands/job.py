@@ -134,9 +134,7 @@ class Job:
             self._replan(error)
         finally:
             self._peak_bytes = max(self._peak_bytes, trainer.process_peak_bytes, peak_rss_bytes())
-            for block in trainer.blocks:
-                block.release()
-                block.close()
+            trainer.release()
         return None
 
     def _prepare(self, folder: RunFolder, continued: bool) -> Trainer:

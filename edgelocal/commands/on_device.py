@@ -67,8 +67,7 @@ def device_report(device: Accelerator, trainer: Trainer) -> dict[str, Any]:
     provider = trainer.blocks[0].provider
     planned = trainer.plan.device if trainer.plan else None
     held = device.meter.used_bytes()
-    for block in trainer.blocks:
-        block.close()
+    trainer.drop_tensors()
     provider.give_back()
     kept = device.meter.used_bytes()
     arena = max(0, held - kept)

@@ -153,6 +153,9 @@ class Place:
         """
         return Tensor.empty(shape, dtype) if self.device is None else DeviceTensor(self.device, shape, dtype)
 
+    def turn(self) -> None:
+        """Another batch begins; of interest where memory is used again (uploads.py)."""
+
     def of(self, array: Array) -> Tensor:
         """The values there; on the host the array itself where it is contiguous.
 

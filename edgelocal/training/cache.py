@@ -64,6 +64,7 @@ class OutputCache:
             )
         self.read_bytes += rows.nbytes
         values = rows.view(self._dtype).reshape(len(indices), *self._shape)
+        self._place.turn()
         return self._place.of(values.astype(np.float32, copy=False))
 
     def close(self) -> None:
@@ -86,10 +87,11 @@ class OutputCache:
         order: Sequence[Indices],
         after_batch: Callable[[], None] = lambda: None,
         dtype: str = "float32",
+        place: Place = HOST,
     ) -> OutputCache:
         """Run the samples `inputs` gives through `blocks`, consecutive frozen ones, batch by batch in `order`.
 
-        Rows of `dtype` "float16" take half the space; `read` gives float32 either way. `after_batch` may raise to end
+        Rows of `dtype` "float16" take half the space; `read` gives float32 either way, in `place`. `after_batch` may raise to end
         it early; no file stays behind then.
 
         Raises:
@@ -102,7 +104,7 @@ class OutputCache:
         shape = blocks[-1].spec.forward.outputs[0].resolve(1)[1:]
         path = folder / f"outputs-{depth}"
         size = sum(len(indices) for indices in order) * math.prod(shape) * np.dtype(dtype).itemsize
-        cache = cls(_create(path, size), depth, shape, np.dtype(dtype), blocks[0].place)
+        cache = cls(_create(path, size), depth, shape, np.dtype(dtype), place)
         try:
             for indices in order:
                 cache._write(indices, _through(blocks, inputs(indices)))

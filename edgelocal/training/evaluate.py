@@ -10,7 +10,8 @@ from edgelocal.bundle.spec import Manifest
 from edgelocal.data.formats.base import Dataset, Indices
 from edgelocal.data.pipeline import batches, prepare
 from edgelocal.runtime.block import Block
-from edgelocal.runtime.tensor import Tensor
+from edgelocal.runtime.tensor import Place, Tensor
+from edgelocal.runtime.uploads import Uploads
 from edgelocal.training.feed import Feed
 from edgelocal.training.scores import Score, score
 
@@ -23,20 +24,22 @@ def evaluate(
     *,
     exits: bool,
     after_batch: Callable[[], None] = lambda: None,
+    place: Place | None = None,
 ) -> list[dict[str, float]]:
     """Scores of the network up to the last of `blocks`, through its head; with `exits` of every block's head.
 
     One batch at a time passes through all blocks, so memory does not grow with the data. `after_batch` may raise to
-    end it early.
+    end it early; `place` is where batches are brought.
     """
     scores = [Score() for _ in blocks]
-    place = blocks[0].place
+    inputs = place or Uploads(blocks[0].place)
 
     def sample(indices: Indices) -> Tensor:
         images = data.read(indices)
-        return place.of(prepare(images, indices, input=manifest.input, augment=None, seed=0, epoch=0))
+        inputs.turn()
+        return inputs.of(prepare(images, indices, input=manifest.input, augment=None, seed=0, epoch=0))
 
-    with Feed(batches(len(data), batch, 0, 0, shuffle=False), sample, ahead=place.device is not None) as feed:
+    with Feed(batches(len(data), batch, 0, 0, shuffle=False), sample, ahead=inputs.device is not None) as feed:
         for indices in feed:
             h, y = feed.take(), np.asarray(data.labels[indices])
             for number, block in enumerate(blocks):

@@ -25,6 +25,7 @@ from edgelocal.memory.planned import Plan
 from edgelocal.runtime.accelerator import Accelerator
 from edgelocal.runtime.block import Block
 from edgelocal.runtime.tensor import Tensor
+from edgelocal.runtime.uploads import Uploads
 from edgelocal.training.cache import OutputCache
 from edgelocal.training.config import TrainConfig
 from edgelocal.training.evaluate import evaluate
@@ -112,6 +113,7 @@ class Trainer:
         self.device = device
         self.device_peak_bytes = 0
         self._device_bytes = 0  # at the last look
+        self._uploads = Uploads(self.blocks[0].place)
         self.timeline = Timeline()
         self._step_peak = 0  # of the last step, from where on the system's meter was not set back
         self._rounds = 0
@@ -202,7 +204,7 @@ class Trainer:
     def _sample(self, epoch: int, indices: Indices) -> tuple[Tensor, Tensor]:
         """What goes into the blocks that work: samples, or cached outputs of the frozen ones, and labels."""
         x = self._input(indices, epoch) if self._cache is None else self._cache.read(indices)
-        return x, self.blocks[0].place.of(self.train.labels[indices])
+        return x, self._uploads.of(self.train.labels[indices])
 
     def _step(self, stage: Stage, epoch: int, x: Tensor, y: Tensor, samples: int) -> None:
         if self._cache is None:
@@ -247,7 +249,8 @@ class Trainer:
     def _input(self, indices: Indices, epoch: int) -> Tensor:
         images = self.train.read(indices)
         data_epoch = self._data_epoch(self.position.stage, epoch)
-        return self.blocks[0].place.of(
+        self._uploads.turn()
+        return self._uploads.of(
             prepare(
                 images,
                 indices,
@@ -284,7 +287,9 @@ class Trainer:
         inputs = before.read if before is not None and reusable else partial(self._input, epoch=0)
         blocks = [self.blocks[i] for i in (stage.frozen[-1:] if reusable else stage.frozen)]
         stop = partial(self.stop_point, watcher)
-        self._cache = OutputCache.build(self._cache_folder, inputs, blocks, order, stop, self.config.cache)
+        self._cache = OutputCache.build(
+            self._cache_folder, inputs, blocks, order, stop, self.config.cache, self._uploads
+        )
         self.cached_bytes += self._cache.written_bytes
         if before is not None:
             before.close()
@@ -317,9 +322,29 @@ class Trainer:
         if self.validation is None:
             return []
         stop = partial(self.stop_point, watcher)
-        found = evaluate(blocks, self.validation, self.manifest, self.config.batch, exits=exits, after_batch=stop)
+        found = evaluate(
+            blocks,
+            self.validation,
+            self.manifest,
+            self.config.batch,
+            exits=exits,
+            after_batch=stop,
+            place=self._uploads,
+        )
         blocks[0].start_anew()
         return found
+
+    def release(self) -> None:
+        """Drop all tensors and graphs: the training is over."""
+        self.drop_tensors()
+        for block in self.blocks:
+            block.release()
+
+    def drop_tensors(self) -> None:
+        """Drop states and batches; graphs stay."""
+        self._uploads.clear()
+        for block in self.blocks:
+            block.close()
 
     def _note_peak(self) -> None:
         peak = peak_rss_bytes() + self._device_bytes
