@@ -39,7 +39,14 @@ def without(*names: str) -> CudaSetup:
 
 
 def said(info: DeviceInfo, runtimes: dict[str, str], gpu: Gpu, setup: CudaSetup) -> str:
-    return "\n".join(f"{p.found} -> {p.remedy}" for p in cuda_problems(info, runtimes, Cuda(gpu, setup)))
+    problems = cuda_problems(info, runtimes, Cuda(gpu, setup))
+    return "\n".join(f"{p.found} -> {p.remedy}" for p in problems)
+
+
+def hinted(info: DeviceInfo, runtimes: dict[str, str]) -> str:
+    report = examine(info, {"numpy": "2.0.0", **runtimes}, Cuda(H200, SETUP))
+    assert report.problems == ()
+    return "\n".join(f"{p.found} -> {p.remedy}" for p in report.hints)
 
 
 @pytest.mark.parametrize(("text", "driver"), [(CLOSED, "535.216.03"), (OPEN, "580.142"), ("nonsense 1.2.3", None)])
@@ -74,21 +81,22 @@ def test_nothing_is_said_where_all_is_there_or_nobody_asked() -> None:
     assert said(MACHINE, {"onnxruntime": "1.31.1", **GPU_BUILD}, H200, without("libcudnn.so.9")) == ""
 
 
-def test_a_runtime_for_the_cpu_beside_a_gpu() -> None:
-    assert said(MACHINE, {"onnxruntime": "1.31.1"}, H200, CudaSetup()) == (
+def test_a_runtime_for_the_cpu_beside_a_gpu_is_no_fault() -> None:
+    assert hinted(MACHINE, {"onnxruntime": "1.31.1"}) == (
         "there is an NVIDIA GPU, and onnxruntime 1.31.1 is for the CPU only -> to train with --device cuda: "
         'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]>=1.28" (CUDA 13; for a driver of '
-        'CUDA 12: "onnxruntime-gpu[cuda,cudnn]>=1.23.2,<1.27"); --device cpu works as it is'
+        'CUDA 12: "onnxruntime-gpu[cuda,cudnn]>=1.23.2,<1.27")'
     )
     old_jetson = machine("aarch64", "jetson", "3.10")
-    assert said(old_jetson, {"onnxruntime": "1.20.0"}, Gpu(), CudaSetup()) == ""  # there is nothing to install
+    assert hinted(old_jetson, {"onnxruntime": "1.20.0"}) == ""  # there is nothing to install
+    assert hinted(MACHINE, GPU_BUILD) == hinted(INFO, {"onnxruntime": "1.31.1"}) == ""
     assert cuda_advice(old_jetson, {}) == (
         "no onnxruntime-gpu wheel is known for this GPU and Python 3.10; use --device cpu"
     )
 
 
 def test_a_runtime_for_a_gpu_without_one_or_without_its_provider() -> None:
-    assert "for an NVIDIA GPU, and none is seen here -> install NVIDIA's driver" in said(INFO, GPU_BUILD, Gpu(), SETUP)
+    assert "for an NVIDIA GPU, and none is seen here -> install NVIDIA's driver" in hinted(INFO, GPU_BUILD)
     text = said(MACHINE, GPU_BUILD, H200, CudaSetup())
     assert text.startswith("onnxruntime-gpu 1.31.1 has no CUDA provider -> pip uninstall -y onnxruntime-gpu && pip ins")
 
@@ -153,6 +161,9 @@ def test_the_report_has_it_as_json_and_as_a_table() -> None:
     assert "system: /usr/lib/x86_64-linux-gnu/a" in text
     assert text.count("│ not found ") == 1
     assert "libcuda.so.1" not in shown(examine(MACHINE, {}).as_dict())
+    hint = shown(examine(MACHINE, {"onnxruntime": "1.31.1"}).as_dict())
+    assert "is for the CPU only" in hint
+    assert "none found" in hint
 
 
 def test_this_machine_is_looked_at() -> None:

@@ -46,6 +46,8 @@ def doctor_table(report: dict[str, Any]) -> Table:
         table.add_row(what, Text(found))
     for problem in report["problems"]:
         table.add_row(Text("problem", style="red"), Text(f"{problem['found']}\n-> {problem['remedy']}"))
+    for hint in report["hints"]:
+        table.add_row("hint", Text(f"{hint['found']}\n-> {hint['remedy']}"))
     if not report["problems"]:
         table.add_row("problems", "none found")
     return table

@@ -61,28 +61,32 @@ def cuda_advice(info: DeviceInfo, runtimes: Mapping[str, str]) -> str:
     return f"{remove}{command}"
 
 
-def cuda_problems(info: DeviceInfo, runtimes: Mapping[str, str], cuda: Cuda) -> Iterator[Problem]:
-    """What keeps the one runtime that is installed from training on the GPU; nothing where nobody asked for one."""
+def cuda_hints(info: DeviceInfo, runtimes: Mapping[str, str]) -> Iterator[Problem]:
+    """Where GPU and runtime do not go together. That is no fault: training on the CPU works, and may be what is
+    wanted."""
     if len(runtimes) != 1:
         return  # none, or several that overwrote each other: the first thing to mend
     [(name, version)] = runtimes.items()
     if name == "onnxruntime" and accelerator(info) and package(info, "cuda") is not None:
         found = f"there is an NVIDIA GPU, and {name} {version} is for the CPU only"
-        yield Problem(found, f"to train with --device cuda: {cuda_advice(info, runtimes)}; --device cpu works as it is")
-    if name != "onnxruntime-gpu":
+        yield Problem(found, f"to train with --device cuda: {cuda_advice(info, runtimes)}")
+    if name == "onnxruntime-gpu" and not accelerator(info):
+        found = f"{name} {version} is for an NVIDIA GPU, and none is seen here"
+        yield Problem(found, f"{_NO_DRIVER}; training on the CPU works with it")
+
+
+def cuda_problems(info: DeviceInfo, runtimes: Mapping[str, str], cuda: Cuda) -> Iterator[Problem]:
+    """What keeps the runtime for a GPU from training on the one that is here."""
+    version = runtimes.get("onnxruntime-gpu")
+    if version is None or len(runtimes) != 1 or not accelerator(info):
         return
-    runtime = f"{name} {version}"
-    if not accelerator(info):
-        yield Problem(
-            f"{runtime} is for an NVIDIA GPU, and none is seen here",
-            f"{_NO_DRIVER}; training on the CPU works with it",
-        )
-    elif not cuda.setup.provider:
-        yield Problem(f"{runtime} has no CUDA provider", cuda_advice(info, runtimes))
-    else:
+    runtime = f"onnxruntime-gpu {version}"
+    if cuda.setup.provider:
         yield from _library_problems(info, runtime, version, cuda.setup)
         yield from _driver_problems(info, runtime, cuda)
         yield from _code_problems(runtime, cuda)
+    else:
+        yield Problem(f"{runtime} has no CUDA provider", cuda_advice(info, runtimes))
 
 
 def missing_text(setup: CudaSetup) -> str:

@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from edgelocal.machine.budget import format_size
-from edgelocal.machine.cuda_doctor import Cuda, cuda_command, cuda_problems, no_cuda_wheel
+from edgelocal.machine.cuda_doctor import Cuda, cuda_command, cuda_hints, cuda_problems, no_cuda_wheel
 from edgelocal.machine.device import DeviceInfo
 from edgelocal.machine.packages import (
     JETSON,
@@ -60,7 +60,7 @@ class Report:
 
     `training_build` is whether the one runtime that is installed can `train --runtime ort-training`; `training` says
     so, or what to type for it, or that there is none for this machine and Python. `cuda`: the GPU, and what the runtime
-    finds of CUDA; None where that was not looked at.
+    finds of CUDA; None where that was not looked at. `hints` are no faults: a GPU that could be used and is not.
     """
 
     device: DeviceInfo
@@ -71,12 +71,13 @@ class Report:
     training: str
     problems: tuple[Problem, ...]
     cuda: Cuda | None = None
+    hints: tuple[Problem, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
         values = dataclasses.asdict(self)
         values["device"]["effective_bytes"] = self.device.effective_bytes
-        values["problems"] = list(values["problems"])
+        values["problems"], values["hints"] = list(values["problems"]), list(values["hints"])
         if self.cuda is not None:
             values["cuda"]["setup"]["missing"] = self.cuda.setup.missing
         return values
@@ -93,8 +94,9 @@ def examine(info: DeviceInfo, packages: Mapping[str, str], cuda: Cuda | None = N
         *(cuda_problems(info, runtimes, cuda) if cuda is not None else ()),
         *_memory_problems(info),
     )
+    hints = tuple(cuda_hints(info, runtimes))
     build = len(runtimes) == 1 and next(iter(runtimes)) in TRAINING_BUILDS
-    return Report(info, dict(packages), runtimes, advice(info), build, _training(info, runtimes), problems, cuda)
+    return Report(info, dict(packages), runtimes, advice(info), build, _training(info, runtimes), problems, cuda, hints)
 
 
 def advice(info: DeviceInfo) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelocal.errors import OverBudgetError, RuntimeMissingError
-from edgelocal.machine.cuda_doctor import Cuda, cuda_advice, cuda_problems, missing_text
+from edgelocal.machine.cuda_doctor import Cuda, cuda_advice, cuda_hints, cuda_problems, missing_text
 from edgelocal.machine.cuda_libraries import SYSTEM, CudaSetup, preload_folders, read_cuda
 from edgelocal.machine.device import DeviceInfo, describe
 from edgelocal.machine.doctor import installed_runtimes
@@ -77,7 +77,9 @@ def explained(
     short = f"CUDA failure {found[1]}: {found[2].strip()}" if found else reason[:300]
     if found and found[1] == str(_OUT_OF_MEMORY):
         return OverBudgetError(f"the GPU has no memory for a CUDA context ({short}); stop other programs on it")
-    problems = [f"{p.found} -> {p.remedy}" for p in cuda_problems(info, installed_runtimes(), cuda)]
+    runtimes = installed_runtimes()
+    found_here = (*cuda_hints(info, runtimes), *cuda_problems(info, runtimes, cuda))
+    problems = [f"{problem.found} -> {problem.remedy}" for problem in found_here]
     hidden = _hidden_folders(cuda.setup)
     if hidden and not hasattr(ort, "preload_dlls"):
         problems.append(f"this runtime loads what the system's loader knows: export LD_LIBRARY_PATH={':'.join(hidden)}")
