@@ -137,12 +137,12 @@ def test_a_training_records_its_blocks_and_what_lies_between(tmp_path: Path) -> 
 
     found = trainer(RESIDUAL, write_data(tmp_path / "d.npz", RESIDUAL), epochs=3)
     found.run(Large())
-    points = found.timeline.points
+    points = found.memory.timeline.points
     assert {block for _, _, block in points} == {-1, 0, 1, 2}
     highest = max(points, key=lambda point: point[1])
     steps = max(size for _, size, block in points if block >= 0)
     assert highest[2] == -1
-    assert highest[1] == found.process_peak_bytes
+    assert highest[1] == found.memory.process_peak_bytes
     assert 40 * MIB < highest[1] - steps < 64 * MIB
     assert sum(block >= 0 for _, _, block in points) == 27
 

@@ -147,7 +147,7 @@ def test_divergence_ends_the_run_before_the_state_is_taken_over(data: Path) -> N
 
 def test_a_budget_below_what_is_held_stops_before_the_first_step(data: Path) -> None:
     found = trainer(RESIDUAL, data)
-    found.budget_bytes = rss_bytes() // 2
+    found.memory.budget_bytes = rss_bytes() // 2
     watcher = Recorder()
     with pytest.raises(BudgetError, match="the budget is"):
         found.run(watcher)
@@ -157,9 +157,9 @@ def test_a_budget_below_what_is_held_stops_before_the_first_step(data: Path) -> 
 
 def test_a_peak_from_before_is_reported_and_not_held_against_the_budget(data: Path) -> None:
     found = trainer(RESIDUAL, data)
-    found.budget_bytes, found.process_peak_bytes = 1 << 40, 1 << 41
+    found.memory.budget_bytes, found.memory.process_peak_bytes = 1 << 40, 1 << 41
     found.run(Recorder())
-    assert found.process_peak_bytes == 1 << 41
+    assert found.memory.process_peak_bytes == 1 << 41
 
 
 def test_validation_only_as_often_as_asked(data: Path) -> None:

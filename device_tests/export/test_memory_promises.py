@@ -170,10 +170,10 @@ print(json.dumps([progress, *again]))
 BREACH = (
     FAILING
     + """
-mend = fail("edgelocal.training.trainer.peak_rss_bytes", 4, None, 1 << 40)
+mend = fail("edgelocal.training.watch.peak_rss_bytes", 4, None, 1 << 40)
 report = trained(out=folder / "replanned", memory_budget="2GiB", on_oom="replan")
 mend()
-fail("edgelocal.training.trainer.peak_rss_bytes", 4, None, 1 << 40)
+fail("edgelocal.training.watch.peak_rss_bytes", 4, None, 1 << 40)
 try:
     trained(out=folder / "stopped", memory_budget="2GiB")
 except OverBudgetError as error:

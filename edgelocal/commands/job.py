@@ -133,7 +133,7 @@ class Job:
         except (OverBudgetError, MemoryError) as error:
             self._replan(error)
         finally:
-            self._peak_bytes = max(self._peak_bytes, trainer.process_peak_bytes, peak_rss_bytes())
+            self._peak_bytes = max(self._peak_bytes, trainer.memory.process_peak_bytes, peak_rss_bytes())
             trainer.release()
         return None
 
@@ -176,7 +176,7 @@ class Job:
         )
         if loaded is not None:
             restore(trainer, loaded)
-        trainer.process_peak_bytes = max(trainer.process_peak_bytes, self._peak_bytes)
+        trainer.memory.process_peak_bytes = max(trainer.memory.process_peak_bytes, self._peak_bytes)
         trainer.micro_batch_bound = self._bound
         if loaded is None:
             folder.commit(trainer)
@@ -203,7 +203,7 @@ class Job:
         with self._display:
             trainer.run(watcher)
         scores = trainer.validate(watcher, trainer.blocks, exits=True)
-        trainer.check_budget()
+        trainer.memory.check()
         if self._device is not None:
             self._note(fallback_notes(trainer.blocks[0].provider))
         report = make_report(trainer, self._info, self._idle_bytes, scores, self._notes, folder.metrics)

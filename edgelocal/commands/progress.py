@@ -116,7 +116,7 @@ class Display:
 
     def _speed(self, trainer: Trainer) -> str:
         rate = self._rate(trainer) * trainer.config.batch
-        return f"{rate:.0f} samples/s  peak {format_size(trainer.process_peak_bytes)}"
+        return f"{rate:.0f} samples/s  peak {format_size(trainer.memory.process_peak_bytes)}"
 
     def _rate(self, trainer: Trainer) -> float:
         elapsed = max(time.monotonic() - self._started, 1e-9)

@@ -120,7 +120,6 @@ def settings(limit_bytes: int | None, *, tf32: bool, bounded: bool) -> dict[str,
     """The options of the provider. cuDNN chooses its plans by a quick list where memory is `bounded`, with cuDNN 8 also
     in little workspace; else by the better one, which cuDNN 8 finds by trying all."""
     found = {
-        "device_id": "0",
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC" if bounded else "EXHAUSTIVE",
         "cudnn_conv_use_max_workspace": str(int(not bounded)),

@@ -91,8 +91,8 @@ class OutputCache:
     ) -> OutputCache:
         """Run the samples `inputs` gives through `blocks`, consecutive frozen ones, batch by batch in `order`.
 
-        Rows of `dtype` "float16" take half the space; `read` gives float32 either way, in `place`. `after_batch` may raise to end
-        it early; no file stays behind then.
+        Rows of `dtype` "float16" take half the space; `read` gives float32 either way, in `place`. `after_batch` may
+        raise to end it early; no file stays behind then.
 
         Raises:
             StorageError: not enough space, or the disk refused.

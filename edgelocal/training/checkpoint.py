@@ -66,7 +66,7 @@ def capture(trainer: Trainer, metrics: Sequence[dict[str, Any]]) -> TrainingStat
         "position": asdict(trainer.position),
         "scores": [asdict(m.score) for m in trainer.measures],
         "measures": [asdict(Measured(m.peak_bytes, m.step_s, m.steps, m.arena_bytes)) for m in trainer.measures],
-        "process_peak_bytes": trainer.process_peak_bytes,
+        "process_peak_bytes": trainer.memory.process_peak_bytes,
         "metrics": list(metrics),
         "micro_batch_bound": trainer.micro_batch_bound,
     }
@@ -102,7 +102,7 @@ def apply(progress: Progress, trainer: Trainer) -> None:
     """
     check_progress(progress, trainer.manifest, trainer.config, trainer.batches_per_epoch)
     trainer.position = progress.position
-    trainer.process_peak_bytes = progress.process_peak_bytes
+    trainer.memory.process_peak_bytes = progress.process_peak_bytes
     trainer.micro_batch_bound = progress.micro_batch_bound
     trainer.measures = [
         BlockMeasures(score, measured.peak_bytes, measured.step_s, measured.steps, measured.arena_bytes)

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from edgelocal.bundle.spec import Manifest
 from edgelocal.data.formats.base import Dataset, Indices
 from edgelocal.data.pipeline import batches, prepare
-from edgelocal.errors import DataError, InterruptedRunError, OverBudgetError
-from edgelocal.machine.budget import PeakMeter, format_size, peak_rss_bytes
+from edgelocal.errors import DataError, InterruptedRunError
+from edgelocal.machine.budget import PeakMeter
 from edgelocal.memory.planned import Plan
 from edgelocal.runtime.accelerator import Accelerator
 from edgelocal.runtime.block import Block
@@ -30,9 +30,10 @@ from edgelocal.training.cache import OutputCache
 from edgelocal.training.config import TrainConfig
 from edgelocal.training.evaluate import evaluate
 from edgelocal.training.feed import Feed
-from edgelocal.training.measures import BETWEEN, BlockMeasures, Timeline, is_measured, is_slowed, releases
+from edgelocal.training.measures import BlockMeasures, is_measured, is_slowed, releases
 from edgelocal.training.schedule import learning_rate
 from edgelocal.training.scores import Score
+from edgelocal.training.watch import MemoryWatch
 
 
 @dataclass
@@ -103,21 +104,15 @@ class Trainer:
         self.train = train
         self.validation = validation
         self.validate_every = validate_every
-        self.budget_bytes = budget_bytes
+        self.memory = MemoryWatch(budget_bytes, device)
         self.plan = plan
         self.position = position or Position()
         self.measures = [BlockMeasures() for _ in blocks]
-        self.process_peak_bytes = 0  # of the run, as far as it is known
         self.micro_batch_bound: int | None = None  # set where memory ran out
         self.cached_bytes = 0
         self.device = device
-        self.device_peak_bytes = 0
-        self._device_bytes = 0  # at the last look
         self._uploads = Uploads(self.blocks[0].place)
-        self.timeline = Timeline()
-        self._step_peak = 0  # of the last step, from where on the system's meter was not set back
         self._rounds = 0
-        self._own_peak_bytes = 0
         self.stages = stages(config.schedule, len(blocks))
         self._cache_folder = cache_folder
         self._cache: OutputCache | None = None
@@ -166,12 +161,12 @@ class Trainer:
         stage = self.stages[number]
         self._rounds = 0
         self._fill_cache(stage, watcher)
-        self.check_budget()
+        self.memory.check()
         for epoch in range(self.position.epoch, self.config.epochs):
             started = time.perf_counter()
             self._run_epoch(stage, number, epoch, watcher)
             watcher.epoch(self, self._finish_epoch(stage, epoch, time.perf_counter() - started, watcher))
-            self.check_budget()
+            self.memory.check()
         for index in stage.trained:
             self.blocks[index].release()
 
@@ -181,7 +176,7 @@ class Trainer:
             for indices in feed:
                 self._step(stage, epoch, *feed.take(), len(indices))
                 watcher.step(self)
-                self.check_budget()
+                self.memory.check()
                 self.stop_point(watcher)
 
     def stop_point(self, watcher: Watcher) -> None:
@@ -212,7 +207,7 @@ class Trainer:
         hyper = {"lr": self._rate(epoch), **self.config.all_hyper(self.manifest)}
         for index in stage.trained:
             x = self._train_block(index, x, y, hyper, samples)
-        self._read_device()
+        self.memory.look_at_device()
         self.position.batch += 1
         self.position.steps += 1
         self._rounds += 1
@@ -227,15 +222,14 @@ class Trainer:
         micro = own.micro_batch if own and own.accumulation > 1 else None
         release = self._releases
         started = time.perf_counter()
-        self._note_peak()  # the meter sets the peak back
+        self.memory.note()  # the meter sets the peak back
         with PeakMeter() as meter:
             result = self.blocks[index].step(x, y, hyper, self.config.seed, self.position.steps, micro, release=release)
         measures.add_time(time.perf_counter() - started, slowed=is_slowed(self._rounds))
         if is_measured(self._rounds) and self.device is None:  # on a device only the whole can be seen
             arena = max(0, meter.growth_bytes - result.written_bytes) if self._only_arena_grows(index) else None
             measures.add_memory(self._rounds, meter.peak_bytes, arena)
-        self._step_peak = meter.peak_bytes + self._device_bytes
-        self.timeline.add(self._step_peak, index)
+        self.memory.add_step(meter.peak_bytes, index)
         measures.score.add(samples, result.loss, result.metric)
         return result.h
 
@@ -270,12 +264,6 @@ class Trainer:
     def _releases(self) -> bool:
         """Whether runs give the arena back. On a device nothing would be seen by it: the region stays."""
         return self.device is None and releases(self._rounds)
-
-    def _read_device(self) -> None:
-        """Take what the process holds on the device into its peak; what its arena took it keeps."""
-        if self.device is not None:
-            self._device_bytes = self.device.meter.used_bytes()
-            self.device_peak_bytes = max(self.device_peak_bytes, self._device_bytes)
 
     def _fill_cache(self, stage: Stage, watcher: Watcher) -> None:
         """Bring the cache, if the run keeps one, to the outputs of the stage's frozen blocks."""
@@ -345,27 +333,3 @@ class Trainer:
         self._uploads.clear()
         for block in self.blocks:
             block.close()
-
-    def _note_peak(self) -> None:
-        peak = peak_rss_bytes() + self._device_bytes
-        self._own_peak_bytes = max(self._own_peak_bytes, peak)
-        self.process_peak_bytes = max(self.process_peak_bytes, peak)
-        if peak > self._step_peak:  # what came after the step took more than it
-            self.timeline.add(peak, BETWEEN)
-            self._step_peak = peak
-
-    def check_budget(self) -> None:
-        """Take what the process held since the last look, on host and device, into its peak, and compare it with the
-        budget.
-
-        A peak from before this trainer, of larger micro-batches or under another budget, is only reported.
-
-        Raises:
-            OverBudgetError: it held more. What to do is for the caller to say, who may go on with smaller parts.
-        """
-        self._note_peak()
-        if self.budget_bytes is not None and self._own_peak_bytes > self.budget_bytes:
-            raise OverBudgetError(
-                f"the process held {format_size(self._own_peak_bytes)} at its peak, the budget is "
-                f"{format_size(self.budget_bytes)}"
-            )
