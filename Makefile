@@ -90,7 +90,7 @@ gpu-prepare: $(GPU_READY)
 
 gpu-suite: $(GPU_READY)
 	EDGELOCAL_REQUIRE_GPU=1 $(GPU) -m pytest device_tests/device/test_gpu.py -p no:cacheprovider -s
-	$(GPU) $(SUITE)
+	EDGELOCAL_REQUIRE_GPU=1 $(GPU) $(SUITE)
 
 gpu-parity: $(GPU_READY)
 	$(GPU) $(GPU_PARITY) --minutes $(MINUTES)

@@ -171,6 +171,16 @@ def measure(found: Sequence[Task], options: argparse.Namespace) -> bool:
     return True
 
 
+def prepare(found: Sequence[Task]) -> None:
+    """Export the bundles of all cases; what cannot be exported is said."""
+    for task in found:
+        for name in EXPORTED:
+            try:
+                task.exported(name, lambda text: print(text, file=sys.stderr, flush=True))
+            except EdgelocalError as error:
+                print(f"{task.name}, {name}: {error}", file=sys.stderr, flush=True)
+
+
 def main(description: str | None, words: Sequence[str] | None = None) -> None:
     """The command line of benchmarks/cuda.py."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,9 +201,7 @@ def main(description: str | None, words: Sequence[str] | None = None) -> None:
     if options.write is None:
         found = tasks(options)
         if options.prepare:
-            for task in found:
-                for name in EXPORTED:
-                    task.exported(name, lambda text: print(text, file=sys.stderr, flush=True))
+            prepare(found)
             return
         measure(found, options)
     result = json.loads(options.result.read_text()) if options.result.is_file() else {}

@@ -5,8 +5,8 @@
 
 DATA is CIFAR-10 in any format that `edgelocal train` reads. All 50,000 training images, reflected, cropped and
 mirrored; batch 1024, SGD with Nesterov momentum 0.9, weight decay 1e-4, learning rate 0.8 with a warm-up and a cosine
-to zero. The authors train for 400 epochs with 10 of warm-up; here there are as many as --epochs says, a tenth of them, at
-most 10, of warm-up, the same for every candidate. Test accuracy is that after the last epoch.
+to zero. The authors train for 400 epochs with 10 of warm-up; here there are as many as --epochs says, a tenth of them,
+at most 10, of warm-up, the same for every candidate. Test accuracy is that after the last epoch.
 
 A training is an `edgelocal train` into --work. When the --minutes are over it is interrupted, and goes on when the
 command is given again; what is finished is not trained again. What was reached goes into --result at once.
