@@ -18,6 +18,10 @@ from edgelocal.machine.profiles import ASSUMED_SAMPLES
 
 FOLDER = click.Path(path_type=Path)
 
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where blocks work."
+)
+
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="edgelocal")
@@ -91,6 +95,7 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.option("--augment/--no-augment", default=True, show_default=True, help="As the bundle says.")
 @click.option("--profile", help="Of a device: jetson-orin-nano-8gb, raspberry-pi-5-4gb, ...  [default: this machine]")
 @click.option("--threads", type=click.IntRange(1, 256), help="[default: the cores of the device]")
+@device_option
 @json_option
 def plan(as_json: bool, **options: Any) -> None:
     """Say what training BUNDLE would hold in memory, block by block, and what it would give up to fit.
@@ -161,6 +166,9 @@ def plan(as_json: bool, **options: Any) -> None:
     "--checkpoint-seconds", type=float, default=300.0, show_default=True, help="Commit every so many seconds."
 )
 @click.option("--threads", type=click.IntRange(1, 256), help="[default: the usable cores]")
+@device_option
+@click.option("--tf32", is_flag=True, help="CUDA: products and convolutions in TF32, faster and less exact.")
+@click.option("--allow-cpu-fallback", is_flag=True, help="CUDA: nodes it has no kernel for may run on the CPU.")
 @click.option("--seed", default=0, show_default=True, help="Of order, augmentation and masks.")
 @json_option
 def train(as_json: bool, **options: Any) -> None:
@@ -181,6 +189,7 @@ def train(as_json: bool, **options: Any) -> None:
 @click.option("--bundle", type=FOLDER, help="Where the bundle is, if it was moved.")
 @click.option("--batch", type=click.IntRange(min=1), help="[default: the run's]")
 @click.option("--threads", type=click.IntRange(1, 256), help="[default: the usable cores]")
+@device_option
 @json_option
 def evaluate(run: Path, as_json: bool, **options: Any) -> None:
     """Measure the network of RUN, at its end and at the exit of every block."""

@@ -44,11 +44,17 @@ def blame(error: Failure, module: nn.Module, inputs: Sequence[torch.Tensor], blo
 
 
 def blame_operator(
-    target: str, operator: str, module: nn.Module, inputs: Sequence[torch.Tensor], block: LocalBlock
+    target: str,
+    operator: str,
+    module: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    block: LocalBlock,
+    *,
+    backward: bool = False,
 ) -> str:
-    """The innermost submodule of `module` in whose forward pass the ATen operator `target` becomes the ONNX operator
-    `operator`, in words."""
-    path, culprit, _ = _culprit(module, inputs, partial(_has, target, operator))
+    """The innermost submodule of `module` in whose forward pass, or with `backward` in both passes, the ATen operator
+    `target` becomes the ONNX operator `operator`, in words."""
+    path, culprit, _ = _culprit(module, inputs, partial(_has, target, operator, backward))
     return _where(path, culprit, block)
 
 
@@ -107,13 +113,13 @@ def _fails_alike(error: Failure, child: nn.Module, arguments: Tensors) -> bool:
     return False
 
 
-def _has(target: str, operator: str, child: nn.Module, arguments: Tensors) -> bool:
+def _has(target: str, operator: str, backward: bool, child: nn.Module, arguments: Tensors) -> bool:
     batch = Batch()
     fakes = [batch.tensor(a.shape[1:], a.dtype) for a in arguments]
     try:
-        with torch.no_grad():
-            traced = trace(_Probe(child), fakes, batch, joint=False)
-            builder = GraphBuilder(batch_of=traced.user_inputs[0], derived=True)
+        with torch.set_grad_enabled(backward):
+            traced = trace(_Probe(child), fakes, batch, joint=backward)
+            builder = GraphBuilder(batch_of=traced.user_inputs[0], derived=not backward)
             lower(traced.graph, builder, {n.name: n.name for n in traced.graph.nodes if n.op == "placeholder"})
     except (TraceError, UnsupportedOperatorError):
         return False

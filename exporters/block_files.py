@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import torch
 
-from edgelocal.bundle.memory_spec import MemorySpec
 from edgelocal.bundle.spec import (
     AccumulationSpec,
     BlockMemorySpec,
@@ -20,15 +19,17 @@ from edgelocal.bundle.spec import (
     GraphSpec,
     MacsSpec,
     OrtTrainingSpec,
+    TargetSpec,
     TensorSpec,
 )
 from edgelocal.errors import ExportError
 from edgelocal.exporters.memory.optimise import Lean, optimise
-from edgelocal.exporters.onnx_accumulate import apply_graph, gradient_graph
+from edgelocal.exporters.onnx_accumulate import apply_graph
+from edgelocal.exporters.onnx_block import ExportedGraph
 from edgelocal.exporters.onnx_inference import forward_graph, head_graph
-from edgelocal.exporters.onnx_step import ExportedGraph, step_graph
 from edgelocal.exporters.request import ExportRequest
 from edgelocal.exporters.rules import LocalBlock
+from edgelocal.exporters.target_graphs import Guard, training_graph
 from edgelocal.storage.tensors import Array, TensorFormatError, encode
 from edgelocal.storage.whole import atomic_write
 from edgelocal.training.config import ORT_TRAINING, PORTABLE
@@ -76,8 +77,9 @@ def write_block(
         ExportError: it cannot be exported for the runtimes that are asked for.
         UsageError: artifacts are asked for, and ONNX Runtime's training build is not installed.
     """
-    batch = request.defaults.batch
-    step = step_graph(block, request.task, request.optimizer, shape, dtype)
+    own = request.targets[0]
+    trained = {kind: training_graph(kind, block, request, shape, dtype, own) for kind in ("step", "gradient")}
+    step, gradient = trained["step"], trained["gradient"]
     forward = forward_graph(block, shape, dtype)
     output = step.output("h")
     if output != forward.output("h"):
@@ -85,21 +87,20 @@ def write_block(
             f"block {block.name} puts out {output.shape} in training and {forward.output('h').shape} in inference; "
             "a unit must have one output shape"
         )
-    gradient = gradient_graph(block, request.task, shape, dtype)
-    graphs = {"step": step, "gradient": gradient, "apply": apply_graph(gradient, request.optimizer), "forward": forward}
+    graphs = {**trained, "apply": apply_graph(gradient, request.optimizer), "forward": forward}
     if block.auxiliary is not None:
         graphs["head"] = head_graph(block, output.shape[1:])  # type: ignore[arg-type]  # static
-    specs: dict[str, GraphSpec] = {}
-    memory: dict[str, MemorySpec] = {}
-    replaced = ("step", "gradient") if request.runtime == ORT_TRAINING else ()
-    for name, graph in graphs.items():
-        lean = optimise(graph, batch)
-        memory[name] = lean.memory
-        if name == "step":
-            macs = replace(macs, recomputed=lean.recomputed)
-        file = f"blocks/{block.name}/{name}.onnx"
-        specs[name] = writer.graph(file, graph, lean, described=name in replaced)
-    weights = f"blocks/{block.name}/weights.safetensors"
+    lean = {name: optimise(graph, request.defaults.batch) for name, graph in graphs.items()}
+    guard = Guard(block, request, shape, dtype)
+    for name in _on_cuda(request.targets, lean):
+        guard.check(name, lean[name].model, graphs[name].origins)
+    replaced = trained.keys() if request.runtime == ORT_TRAINING else ()
+    folder = f"blocks/{block.name}"
+    specs = {
+        name: writer.graph(f"{folder}/{name}.onnx", graph, lean[name], described=name in replaced)
+        for name, graph in graphs.items()
+    }
+    weights = f"{folder}/weights.safetensors"
     writer.write(weights, _encoded(block, step.inputs))
     return BlockSpec(
         name=block.name,
@@ -110,10 +111,43 @@ def write_block(
         weights=weights,
         masks=step.masks,
         accumulation=AccumulationSpec(specs["gradient"], specs["apply"]),
-        memory=BlockMemorySpec(**memory),
-        macs=macs,
+        memory=BlockMemorySpec(**{name: found.memory for name, found in lean.items()}),
+        macs=replace(macs, recomputed=lean["step"].recomputed),
         ort_training=_write_artifacts(writer, block, request, shape, dtype, step.inputs),
+        cuda=_write_second(writer, block, request, shape, dtype, lean) if len(request.targets) > 1 else None,
     )
+
+
+def _on_cuda(targets: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Those of a block's first graphs that a CUDA device runs: for both targets it has a training step of its own."""
+    if "cuda" not in targets:
+        return []
+    return [name for name in names if len(targets) == 1 or name not in ("step", "gradient")]
+
+
+def _write_second(
+    writer: Writer,
+    block: LocalBlock,
+    request: ExportRequest,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    first: Mapping[str, Lean],
+) -> TargetSpec | None:
+    """The graphs of training for the second target; None if they are those of the first, which are in `first`."""
+    target = request.targets[1]
+    graphs = {kind: training_graph(kind, block, request, shape, dtype, target) for kind in ("step", "gradient")}
+    lean = {kind: optimise(graph, request.defaults.batch) for kind, graph in graphs.items()}
+    guard = Guard(block, request, shape, dtype)
+    for kind, graph in graphs.items():
+        guard.check(kind, lean[kind].model, graph.origins)
+    if all(found.structure == first[kind].structure for kind, found in lean.items()):
+        return None
+    specs = {
+        kind: writer.graph(f"blocks/{block.name}/{target}/{kind}.onnx", graph, lean[kind])
+        for kind, graph in graphs.items()
+    }
+    recomputed = lean["step"].recomputed
+    return TargetSpec(specs["step"], specs["gradient"], lean["step"].memory, lean["gradient"].memory, recomputed)
 
 
 def _write_artifacts(

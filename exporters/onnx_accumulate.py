@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from edgelocal.bundle.spec import TaskSpec, TensorSpec
+from edgelocal.exporters.forms import CPU, Forms
 from edgelocal.exporters.onnx_block import ExportedGraph, finish
 from edgelocal.exporters.onnx_graph import GraphBuilder
 from edgelocal.exporters.onnx_step import Updates, new_tensor, scalar_specs, training_graph
@@ -25,8 +26,11 @@ from edgelocal.exporters.optimizers import Optimizer
 from edgelocal.exporters.rules import LocalBlock
 
 
-def gradient_graph(block: LocalBlock, task: TaskSpec, input_shape: Sequence[int], dtype: torch.dtype) -> ExportedGraph:
-    """One micro-batch of `block` on inputs (N, *input_shape) of `dtype`; N is its number of samples.
+def gradient_graph(
+    block: LocalBlock, task: TaskSpec, input_shape: Sequence[int], dtype: torch.dtype, forms: Forms = CPU
+) -> ExportedGraph:
+    """One micro-batch of `block` on inputs (N, *input_shape) of `dtype`; N is its number of samples. Its gradients are
+    in these forms.
 
     Inputs: x, y, share () float32 (its samples / those of the batch), masks, then param/, acc/ (of trained parameters),
     buf/. Outputs: h, loss (its mean), the metric sum, then new/acc/ = acc + share * gradient, and new/buf/.
@@ -34,7 +38,7 @@ def gradient_graph(block: LocalBlock, task: TaskSpec, input_shape: Sequence[int]
     Raises:
         ExportError: it cannot be written as ONNX; see `block_trace`.
     """
-    return training_graph(block, task, input_shape, dtype, _Sums)
+    return training_graph(block, task, input_shape, dtype, _Sums, forms)
 
 
 def apply_graph(gradients: ExportedGraph, optimizer: Optimizer) -> ExportedGraph:

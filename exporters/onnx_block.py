@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -26,12 +26,14 @@ Arguments = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape of a sample
 
 @dataclass(frozen=True)
 class ExportedGraph:
-    """A model with its signature in graph order, and the random masks it wants."""
+    """A model with its signature in graph order, the random masks it wants, and the ATen operators that its values came
+    from, by the value's name."""
 
     model: onnx.ModelProto
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     masks: tuple[MaskSpec, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def output(self, name: str) -> TensorSpec:
         """The output called `name`."""
@@ -150,7 +152,9 @@ def _export(
     builder: GraphBuilder, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], masks: tuple[MaskSpec, ...]
 ) -> ExportedGraph:
     model = builder.model([_info(t) for t in inputs], [_info(t) for t in outputs], "edgelocal")
-    return ExportedGraph(model, tuple(inputs), tuple(outputs), masks)
+    named = ((name, builder.origins.get(node.name)) for node in model.graph.node for name in node.output)
+    origins = {name: target for name, target in named if target is not None}
+    return ExportedGraph(model, tuple(inputs), tuple(outputs), masks, origins)
 
 
 def _info(tensor: TensorSpec) -> onnx.ValueInfoProto:

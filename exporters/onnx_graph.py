@@ -6,6 +6,7 @@ graph. Weights are inputs; the only initializers are small constants, each writt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,11 @@ import sympy
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from edgelocal.exporters.forms import CPU, Forms
+
 OPSET = 18
 IR_VERSION = 8
+LARGEST_FOLDED = 1 << 16  # elements of a constant that may as well be kept
 
 
 class UnsupportedOperatorError(Exception):
@@ -89,10 +93,12 @@ class Mask(NamedTuple):
 
 class GraphBuilder:
     """Collects nodes in the order of execution. `batch_of` is a graph input whose first dimension is the batch;
-    `derived` says that another will derive its gradients (`exporters.ort_training`), which not all operators stand."""
+    `derived` says that another will derive its gradients (`exporters.ort_training`), which not all operators stand;
+    `forms` are those of the target."""
 
-    def __init__(self, batch_of: str, *, derived: bool = False) -> None:
+    def __init__(self, batch_of: str, *, derived: bool = False, forms: Forms = CPU) -> None:
         self.derived = derived
+        self.forms = forms
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.masks: list[Mask] = []
@@ -100,6 +106,7 @@ class GraphBuilder:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._numbers: dict[tuple[sympy.Expr, torch.dtype], str] = {}
         self._results: dict[str, str] = {}
+        self._unfolded: dict[tuple[str, torch.dtype], str] = {}
         self._batch_of = batch_of
         self._count = 0
 
@@ -160,6 +167,23 @@ class GraphBuilder:
         if len(symbolic) > 1:
             return self.op("Reshape", value, self.shape(sizes))
         return self.op("Reshape", value, self.ints([-1 if i in symbolic else int(s) for i, s in enumerate(sizes)]))
+
+    def filled(self, value: Scalar, sizes: Sequence[Dim], dtype: torch.dtype) -> str:
+        """A tensor that is one number everywhere; not a constant of its size, where the target would keep that."""
+        number = self.scalar(value, dtype)
+        size = expression(math.prod(sizes))
+        large = bool(size.free_symbols) or size > LARGEST_FOLDED
+        if self.forms.fills == "computed" and self._batch_of and large:
+            number = self._computed(number, dtype)
+        return self.op("Expand", number, self.shape(sizes))
+
+    def _computed(self, number: str, dtype: torch.dtype) -> str:
+        """A number that is known, as a value that depends on an input: no number is less than itself."""
+        if (number, dtype) not in self._unfolded:
+            first = self.op("Gather", self.op("Reshape", self._batch_of, self.ints([-1])), self.ints([0]))
+            zero = self.cast(self.op("Less", first, first), torch.bool, dtype)
+            self._unfolded[number, dtype] = self.op("Or" if dtype == torch.bool else "Add", zero, number)
+        return self._unfolded[number, dtype]
 
     def mask(self, shape: tuple[Dim, ...], keep: float) -> str:
         """A new random input of the graph, dtype bool."""

@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgelocal.bundle.spec import TaskSpec, TensorSpec
+from edgelocal.exporters.forms import CPU, Forms
 from edgelocal.exporters.lowering import lower
 from edgelocal.exporters.onnx_block import (
     ExportedGraph,
@@ -46,14 +47,19 @@ def metric_names(task: TaskSpec) -> tuple[str, ...]:
 
 
 def step_graph(
-    block: LocalBlock, task: TaskSpec, optimizer: Optimizer, input_shape: Sequence[int], dtype: torch.dtype
+    block: LocalBlock,
+    task: TaskSpec,
+    optimizer: Optimizer,
+    input_shape: Sequence[int],
+    dtype: torch.dtype,
+    forms: Forms = CPU,
 ) -> ExportedGraph:
-    """The training step of `block` on inputs (N, *input_shape) of `dtype`.
+    """The training step of `block` on inputs (N, *input_shape) of `dtype`, with gradients in these forms.
 
     Raises:
         ExportError: it cannot be written as ONNX; see `block_trace`.
     """
-    return training_graph(block, task, input_shape, dtype, lambda builder: Updates(builder, optimizer))
+    return training_graph(block, task, input_shape, dtype, lambda builder: Updates(builder, optimizer), forms)
 
 
 class GradientUse(Protocol):
@@ -78,6 +84,7 @@ def training_graph(
     input_shape: Sequence[int],
     dtype: torch.dtype,
     use: Callable[[GraphBuilder], GradientUse],
+    forms: Forms,
 ) -> ExportedGraph:
     """Forward pass, local loss and backward pass of `block`, and what `use` makes of the gradients.
 
@@ -86,7 +93,7 @@ def training_graph(
     """
     module = LocalStep(block, task).train()
     arguments = ((tuple(input_shape), dtype), target_spec(task))
-    builder = GraphBuilder(batch_of="x")
+    builder = GraphBuilder(batch_of="x", forms=forms)
     gradients = use(builder)
     with block_trace(module, block, arguments, joint=True) as (traced, tensors):
         values = _lower(traced, tensors, builder, gradients)

@@ -99,6 +99,8 @@ def _write(request: ExportRequest, folder: Path, say: Say) -> dict[str, Any]:
         versions={"edgelocal": __version__, **{name: version(name) for name in ("torch", "onnx")}},
         files=writer.files,
         frontier=_frontier(network, request, found.others, specs, counter, say),
+        target=request.target,
+        precision=request.precision,
     )
     atomic_write(folder / MANIFEST, [_acceptable(manifest)])
     return summary(manifest) | {"weights": notes}

@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelocal.bundle.manifest import is_plain
-from edgelocal.bundle.spec import LOSSES, AugmentSpec, DefaultsSpec, InputSpec, RuleSpec, TaskSpec
+from edgelocal.bundle.spec import (
+    LOSSES,
+    PRECISIONS,
+    TARGETS,
+    AugmentSpec,
+    DefaultsSpec,
+    InputSpec,
+    RuleSpec,
+    TaskSpec,
+)
 from edgelocal.commands.export_options import ExportOptions
 from edgelocal.errors import UsageError
 from edgelocal.exporters.optimizers import MAX_FLOAT, Optimizer, make_optimizer
 from edgelocal.exporters.partition import Blocks
 from edgelocal.machine.budget import parse_size
-from edgelocal.training.config import PORTABLE
+from edgelocal.training.config import ORT_TRAINING, PORTABLE
 from edgelocal.training.schedule import trains_nothing
 
 # Per-channel means and deviations of the data sets, on the scale 0..1.
@@ -35,8 +44,9 @@ _MIN_STD = 1e-37  # float32 still divides by it
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What the command line asks for. `runtime` is "portable", "ort-training" or "both"; `frontier` shows the trade-off
-    around what a budget chooses, which takes time."""
+    """What the command line asks for. `runtime` is "portable", "ort-training" or "both"; `target` "cpu", "cuda" or
+    "both"; `precision` "float32" or "bfloat16". `frontier` shows the trade-off around what a budget chooses, which
+    takes time."""
 
     network: str
     blocks: Blocks
@@ -52,6 +62,13 @@ class ExportRequest:
     budget_bytes: int | None = None
     frontier: bool = True
     runtime: str = PORTABLE
+    target: str = "cpu"
+    precision: str = "float32"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What the training graphs are written for; the first take the place that they have in every bundle."""
+        return ("cpu", "cuda") if self.target == "both" else (self.target,)
 
     def check(self) -> None:
         """Raise UsageError for the first value out of range."""
@@ -64,6 +81,23 @@ class ExportRequest:
         _check_text("the network", self.network)
         self._check_class_names()
         self._check_padding()
+        self._check_target()
+
+    def _check_target(self) -> None:
+        if self.target not in TARGETS:
+            raise UsageError(f"there is no target {self.target!r}; choose one of {', '.join(TARGETS)}")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"there is no precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if self.precision == "bfloat16" and self.target != "cuda":
+            raise UsageError(
+                f"--precision bfloat16 with --target {self.target}: ONNX Runtime has no matrix products in bfloat16 on "
+                "the CPU; export with --target cuda, or leave --precision out"
+            )
+        if self.runtime == ORT_TRAINING and self.target != "cpu":
+            raise UsageError(
+                f"--runtime ort-training with --target {self.target}: the artifacts train on the CPU; export with "
+                "--runtime portable or both, or leave --target out"
+            )
 
     def _check_numbers(self) -> None:
         ranges = (
@@ -137,6 +171,8 @@ def make_request(network: str, options: ExportOptions) -> ExportRequest:
         seed=options.seed,
         budget_bytes=None if budget is None else parse_memory_budget(budget, options.blocks),
         runtime=options.runtime,
+        target=options.target,
+        precision=options.precision,
     )
 
 

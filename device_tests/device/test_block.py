@@ -152,7 +152,15 @@ def test_a_released_block_goes_on_with_its_state() -> None:
 def test_a_paged_state_is_read_when_the_graph_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To load a graph may mean to drop others: until then the state is not in memory beside them."""
     bundle = open_bundle(DROPOUT)
-    found, said = Block(bundle, 0, GraphPool(bundle, 1), page=tmp_path / "cache"), []
+    found, said = (
+        Block(
+            bundle,
+            0,
+            GraphPool(bundle, 1),
+            page=PageFile(tmp_path / "cache" / "state-00", bundle.manifest.blocks[0].state()),
+        ),
+        [],
+    )
     for kind, name in ((GraphPool, "get"), (PageFile, "read")):
         plain = getattr(kind, name)
 

@@ -110,8 +110,8 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
 
 
 def test_a_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
-    folder = copy_bundle(RESIDUAL, tmp_path / "b", lambda m: m.update(schema=4))
-    with pytest.raises(BundleError, match=r"schema 4.*upgrade edgelocal"):
+    folder = copy_bundle(RESIDUAL, tmp_path / "b", lambda m: m.update(schema=5))
+    with pytest.raises(BundleError, match=r"schema 5.*upgrade edgelocal"):
         open_bundle(folder)
 
 

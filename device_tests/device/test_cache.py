@@ -20,7 +20,7 @@ from edgelocal.data.formats.base import Indices
 from edgelocal.data.pipeline import batches
 from edgelocal.errors import StorageError, UsageError
 from edgelocal.machine.budget import PeakMeter
-from edgelocal.runtime.tensor import Tensor
+from edgelocal.runtime.tensor import HOST, Tensor
 from edgelocal.training.cache import OutputCache
 from edgelocal.training.run import load_blocks
 
@@ -45,7 +45,7 @@ def block(shape: tuple[int, ...]) -> Any:
     """One that hands on what it is given, of this shape."""
     output = SimpleNamespace(resolve=lambda n: (n, *shape))
     return SimpleNamespace(
-        index=0, forward=lambda h: h, spec=SimpleNamespace(forward=SimpleNamespace(outputs=[output]))
+        index=0, place=HOST, forward=lambda h: h, spec=SimpleNamespace(forward=SimpleNamespace(outputs=[output]))
     )
 
 

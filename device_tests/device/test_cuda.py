@@ -21,12 +21,13 @@ def test_a_runtime_without_cuda_is_told_what_to_install() -> None:
 
 
 def test_settings_are_text_and_bounded() -> None:
-    plain = settings(None, tf32=False)
+    plain = settings(None, tf32=False, bounded=False)
     assert "gpu_mem_limit" not in plain
     assert plain["use_tf32"] == "0"
-    bounded = settings(1 << 30, tf32=True)
+    bounded = settings(1 << 30, tf32=True, bounded=True)
     assert bounded["gpu_mem_limit"] == str(1 << 30)
     assert bounded["use_tf32"] == "1"
+    assert (plain["cudnn_conv_algo_search"], bounded["cudnn_conv_algo_search"]) == ("EXHAUSTIVE", "HEURISTIC")
     assert all(isinstance(value, str) for value in bounded.values())
 
 
@@ -62,5 +63,6 @@ def test_no_cuda_runtime_is_said_with_what_to_install() -> None:
     def load(name: str) -> None:
         raise OSError(name)
 
-    with pytest.raises(RuntimeMissingError, match=r"libcudart.so.13, libcudart.so.12 can be loaded: .*pip install"):
+    listed = r"libcudart.so.13, libcudart.so.12, libcudart.so.11.0 can be loaded: .*pip install"
+    with pytest.raises(RuntimeMissingError, match=listed):
         device_memory(load)

@@ -17,6 +17,7 @@ from edgelocal.memory.peaks import Workload
 from edgelocal.memory.recency import Recency
 from edgelocal.runtime import graphs
 from edgelocal.runtime.graphs import GraphPool
+from edgelocal.runtime.provider import Provider
 
 SIZES = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 100), min_size=1)
 
@@ -42,7 +43,7 @@ def test_the_least_recently_used_go_first_and_no_more_than_need_be(
 class Loaded:
     """A graph that takes no memory."""
 
-    def __init__(self, spec: GraphSpec, model: bytes, threads: int, *, training: bool) -> None:
+    def __init__(self, spec: GraphSpec, model: bytes, threads: int, *, provider: Provider, training: bool) -> None:
         self.spec = spec
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from device_tests.device.runs import RESIDUAL, Recorder, trainer, write_data
-from edgelocal.memory.plan import BlockPlan, Plan
+from edgelocal.memory.planned import BlockPlan, Plan
 from edgelocal.training import measures
 from edgelocal.training.measures import BlockMeasures, Timeline, is_measured, is_slowed, releases
 

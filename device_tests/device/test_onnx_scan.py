@@ -16,7 +16,7 @@ from edgelocal.bundle.onnx_wire import bind, compose
 from edgelocal.bundle.protobuf import BYTES, FIXED32, VARINT, Field, render
 from edgelocal.bundle.spec import graphs_of
 from edgelocal.errors import BundleError
-from edgelocal.runtime import session
+from edgelocal.runtime import provider, session
 
 FILE = "blocks/00/forward.onnx"
 MODEL = (DROPOUT / FILE).read_bytes()
@@ -164,7 +164,7 @@ def test_the_runtime_never_sees_a_hostile_graph(tmp_path: Path, monkeypatch: pyt
     def seen() -> Any:
         raise AssertionError("the runtime was asked for")
 
-    monkeypatch.setattr(session, "runtime", seen)
+    monkeypatch.setattr(provider, "runtime", seen)
     spec = next(g for g in graphs_of(open_bundle(DROPOUT).manifest) if g.file == FILE)
     for _, field, what in REFUSED:
         with pytest.raises(BundleError, match=what):

@@ -19,6 +19,7 @@ from edgelocal.errors import OverBudgetError, RuntimeMissingError
 from edgelocal.runtime.block import Block
 from edgelocal.runtime.graphs import GraphPool
 from edgelocal.runtime.library import runtime
+from edgelocal.runtime.pages import PageFile
 from edgelocal.runtime.provider import CPU, Provider, refuse_strays, stray_nodes
 from edgelocal.runtime.tensor import HOST, DeviceTensor, Place
 from edgelocal.storage.tensors import Array
@@ -41,7 +42,8 @@ def trained(bundle: Path, provider: Provider, page: Path | None, micro_batch: in
     """The state of all blocks after three steps, the loss of every step, and the last outputs in inference mode."""
     opened = open_bundle(bundle)
     graphs, place = GraphPool(opened, 1, provider=provider), provider.place
-    blocks = [Block(opened, index, graphs, page=page) for index in range(len(opened.manifest.blocks))]
+    pages = [PageFile(page / b.name, b.state()) if page else None for b in opened.manifest.blocks]
+    blocks = [Block(opened, index, graphs, page=page) for index, page in enumerate(pages)]
     hyper = {"lr": LR, **opened.manifest.optimizer.hyper}
     shape = (10, *opened.manifest.input.shape)
     found: dict[str, Array] = {}

@@ -27,7 +27,8 @@ from edgelocal.errors import BudgetError, UsageError
 from edgelocal.memory import plan as planning
 from edgelocal.memory.needs import PipelineBytes
 from edgelocal.memory.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES, Workload
-from edgelocal.memory.plan import Plan, Thresholds, idle_range
+from edgelocal.memory.plan import Thresholds, idle_range
+from edgelocal.memory.planned import Plan
 
 IDLE = 1_000_000
 DATA = PipelineBytes(resident=3000, making=2000)
@@ -544,7 +545,7 @@ KEYS = {
     "most_at_once",
     *("budget_bytes", "idle_bytes", "arena_bytes", "region_bytes", "peak_bytes", "graphs_bytes"),
     *("blocks", "units", "thresholds"),
-    *("paged_bytes_per_step", "cache", "advice", "plan_ms"),
+    *("paged_bytes_per_step", "cache", "advice", "plan_ms", "device"),
 }
 
 

@@ -305,7 +305,7 @@ def test_a_run_goes_on_with_any_number_of_threads(
 def folder_of(tmp_path: Path) -> RunFolder:
     data = write_data(tmp_path / "d.npz", RESIDUAL)
     training = trainer(RESIDUAL, data)
-    info: RunInfo = describe_run(open_bundle(RESIDUAL), training.train, data, config(), None, None, 1)
+    info: RunInfo = describe_run(open_bundle(RESIDUAL), training.train, data, config(), None, {}, 1)
     (tmp_path / "run").mkdir()
     return RunFolder(tmp_path / "run", info)
 
@@ -373,7 +373,7 @@ def test_no_memory_for_the_state_ends_with_3_and_what_was_committed_stands(
 
     run = copied(trained, tmp_path)
     before = (run / "state" / "00000002.ckpt").read_bytes()
-    monkeypatch.setattr("edgelocal.runtime.block.Tensor", scarce)
+    monkeypatch.setattr("edgelocal.runtime.tensor.Tensor.of", scarce)
     with pytest.raises(SystemExit) as ended:
         main([*map(str, trained[1]), "--out", str(run), "--on-oom", "replan"])
     assert ended.value.code == 3

@@ -85,7 +85,7 @@ def test_rows_are_the_same_memory() -> None:
     assert part.batch == 2
     part.array()[0, 0] = 50
     assert whole.array()[1, 0] == 50
-    assert part.value.numpy()[0, 0] == 50
+    assert part._value.numpy()[0, 0] == 50
 
 
 @pytest.mark.parametrize(

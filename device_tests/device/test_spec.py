@@ -159,7 +159,7 @@ REFUSED: list[tuple[str, Edit, str]] = [
     ("true as dim", lambda m: step(m)["inputs"][0].update(shape=[True]), r"shape\[0\]: expected int, found 'True'"),
     ("another format", lambda m: m.update(format="onnx"), "does not describe an edgelocal bundle"),
     ("no format", lambda m: m.pop("format"), "does not describe an edgelocal bundle"),
-    ("newer schema", lambda m: m.update(schema=4), "has schema 4, this edgelocal reads up to 3: upgrade edgelocal"),
+    ("newer schema", lambda m: m.update(schema=5), "has schema 5, this edgelocal reads up to 4: upgrade edgelocal"),
     ("schema 0", lambda m: m.update(schema=0), "schema 0, expected a positive integer"),
     ("schema as text", lambda m: m.update(schema="1"), "schema '1', expected a positive integer"),
     ("unknown loss", lambda m: m["task"].update(loss="hinge"), "manifest.task.loss: expected one of"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgelocal.exporters.forms import CPU, Forms
 from edgelocal.exporters.lowering import lower
 from edgelocal.exporters.onnx_graph import GraphBuilder, expression, value_info
 from edgelocal.exporters.trace import Batch, trace
@@ -112,11 +113,11 @@ class Lowered:
     masks: list[tuple[str, tuple[int | str, ...], float]]
 
 
-def lowered(probe: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> Lowered:
+def lowered(probe: nn.Module, shape: Sequence[int], dtype: torch.dtype, forms: Forms = CPU) -> Lowered:
     """Trace and lower a probe: loss, out, grad/<parameter>, new/<buffer>."""
     batch = Batch()
     traced = trace(probe, (batch.tensor(shape, dtype),), batch, joint=True)
-    builder = GraphBuilder(batch_of="x")
+    builder = GraphBuilder(batch_of="x", forms=forms)
     inputs = {traced.user_inputs[0]: "x"}
     inputs |= {place: name for name, place in (traced.parameters | traced.buffers).items()}
     values = lower(traced.graph, builder, inputs)
@@ -147,6 +148,7 @@ def check(
     batches: Sequence[int] = (5, 1, 3),
     dtype: torch.dtype = torch.float32,
     draw: Callable[[tuple[int, ...]], Tensor] = torch.randn,
+    forms: Forms = CPU,
 ) -> onnx.ModelProto:
     """Output, all gradients and all changed buffers of `body` against eager PyTorch in float64, from one graph.
 
@@ -159,7 +161,7 @@ def check(
             parameter += 0.1 * torch.randn_like(parameter)  # so that no 0 or 1 hides a missing factor
         outputs = copy.deepcopy(body)(draw((2, *shape))).shape[1:]
     probe = Probe(body, shape, outputs, dtype.is_floating_point)
-    graph = lowered(probe, shape, dtype)
+    graph = lowered(probe, shape, dtype, forms)
     state = {name: tensor.detach().numpy() for name, tensor in probe.state_dict().items()}
     reference, single = copy.deepcopy(probe).double(), copy.deepcopy(probe)
     runtime = session(graph.model)

@@ -12,6 +12,8 @@ from edgelocal.bundle.spec import (
     BATCH,
     LOSSES,
     PAD_MODES,
+    PRECISIONS,
+    TARGETS,
     AccumulationSpec,
     BlockSpec,
     GraphSpec,
@@ -27,6 +29,7 @@ MAX_TENSORS = 65_536
 MAX_RANK = 8
 MAX_NAME = 256
 DTYPES = ("float32", "int64", "bool")
+FIRST_WITH_TARGET = 4  # of the schemas
 BLOCK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 
 
@@ -36,6 +39,7 @@ def check(manifest: Manifest) -> None:
     Raises:
         DecodeError: one is broken.
     """
+    _check_target(manifest)
     _check_graphs(manifest)
     names = [block.name for block in manifest.blocks]
     expect(len(names) > 0, "manifest.blocks", "at least one block", 0)
@@ -50,6 +54,7 @@ def check(manifest: Manifest) -> None:
         expect(modelled or manifest.schema == 1, f"block {block.name}", "its memory and its accumulation", None)
         _check_block(block, "absolute_error" if manifest.task.loss == "mse" else "correct")
         _check_state(block)
+        _check_second_target(block, manifest)
     for name, entry in manifest.files.items():
         _check_path(name)
         expect(entry.size >= 0 and len(entry.sha256) == 64, name, "a size and a sha256", entry)
@@ -181,7 +186,9 @@ def _check_artifacts(block: BlockSpec, given: OrtTrainingSpec, metric: str) -> N
 def _check_memory(block: BlockSpec) -> None:
     """That a memory model can be computed with: a device plans by it before it reads anything else."""
     assert block.memory is not None
-    models = (getattr(block.memory, field.name) for field in dataclasses.fields(block.memory))
+    models = [getattr(block.memory, field.name) for field in dataclasses.fields(block.memory)]
+    if block.cuda is not None:
+        models += [block.cuda.step_memory, block.cuda.gradient_memory]
     for model in (m for m in models if m is not None):
         where = f"block {block.name}: memory"
         batches = [point[0] for point in model.arena if len(point) == 3]
@@ -206,6 +213,34 @@ def _check_state(block: BlockSpec) -> None:
         if old.kind == "opt":  # opt/<slot>/<name> of param/<name>, or one number
             size = parameters.get("param/" + old.name.split("/", 2)[-1], ())
             expect(old.shape == size, where, f"the shape of its parameter, {list(size)}", list(old.shape))
+
+
+def _check_target(manifest: Manifest) -> None:
+    """That it is known what the graphs were written for, and that such graphs there are."""
+    target, precision = manifest.target, manifest.precision
+    if manifest.schema < FIRST_WITH_TARGET:
+        expect(target is None and precision is None, "manifest", "no target, in this schema", (target, precision))
+        return
+    expect(target in TARGETS, "manifest.target", f"one of {TARGETS}", target)
+    expect(precision in PRECISIONS, "manifest.precision", f"one of {PRECISIONS}", precision)
+    alone = precision == "float32" or target == "cuda"
+    expect(alone, "manifest.precision", f"float32 for the target {target}", precision)
+
+
+def _check_second_target(block: BlockSpec, manifest: Manifest) -> None:
+    """That graphs for another target take and put out what they stand in for does."""
+    if block.cuda is None:
+        return
+    where = f"block {block.name}: cuda"
+    expect(manifest.target == "both", where, "no graphs of their own in a bundle for one target", manifest.target)
+    expect(block.accumulation is not None, where, "an accumulation that it stands in for", None)
+    expect(block.cuda.recomputed >= 0, where, "at least 0 MACs done twice", block.cuda.recomputed)
+    assert block.accumulation is not None
+    pairs = (block.step, block.cuda.step), (block.accumulation.gradient, block.cuda.gradient)
+    for own, other in pairs:
+        same = (own.inputs, own.outputs) == (other.inputs, other.outputs)
+        expect(same, other.file, f"the inputs and outputs of {own.file}", [t.name for t in other.inputs])
+        expect(own.file != other.file, where, "files of its own", other.file)
 
 
 def _check_names(graph: GraphSpec, inputs: Sequence[str], outputs: Sequence[str]) -> None:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 
 from edgelocal.bundle.memory_spec import MemorySpec
 
-SCHEMA = 3
+SCHEMA = 4
 FORMAT = "edgelocal-bundle"
 BATCH = "N"
 GRAPH_BYTES, NODE_BYTES, UNKNOWN_NODES = 192 << 10, 4608, 1000
 LOSSES = ("cross_entropy", "bce", "mse")
 PAD_MODES = ("reflect", "zero")
+TARGETS = ("cpu", "cuda", "both")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +132,27 @@ class OrtTrainingSpec:
 
 
 @dataclass(frozen=True)
+class TargetSpec:
+    """What of a block differs for a second target: step and gradient graph of the same signatures, their memory models,
+    and the multiply-accumulates of a sample that the step does twice (`MacsSpec.recomputed`)."""
+
+    step: GraphSpec
+    gradient: GraphSpec
+    step_memory: MemorySpec
+    gradient_memory: MemorySpec
+    recomputed: int
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """A block: consecutive units trained by one local loss.
 
     `head` is the auxiliary network in inference mode (block output -> logits); the last block, which ends in the
     network's own head, has none. `masks` lists the random inputs of the step graph. `depth` is the depth of the
     auxiliary network, None for the last block. Bundles of schema 1 have no accumulation, memory, macs and depth.
-    With `ort_training` the files of step and gradient graph may be missing: then they only tell of the state.
+    With `ort_training` the files of step and gradient graph may be missing: then they only tell of the state. `cuda`
+    is what stands in for the graphs above on a CUDA device, in a bundle for both targets; None where they serve both
+    (`edgelocal.bundle.targets`).
     """
 
     name: str
@@ -151,6 +167,7 @@ class BlockSpec:
     macs: MacsSpec | None = None
     depth: int | None = None
     ort_training: OrtTrainingSpec | None = None
+    cuda: TargetSpec | None = None
 
     def state(self) -> tuple[TensorSpec, ...]:
         """Tensors the step graph reads and writes anew: parameters, optimizer slots, buffers."""
@@ -244,7 +261,11 @@ class FrontierSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything the device knows about a bundle before it opens another file."""
+    """Everything the device knows about a bundle before it opens another file.
+
+    `target` is what the graphs of training were written for, `precision` the type of the inputs of their matrix
+    products; None before schema 4: the CPU, float32.
+    """
 
     network: str
     seed: int
@@ -260,6 +281,8 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, FileSpec]
     frontier: tuple[FrontierSpec, ...] | None = None
+    target: str | None = None
+    precision: str | None = None
     format: str = FORMAT
     schema: int = field(default=SCHEMA)
 
@@ -278,4 +301,5 @@ def graphs_of(manifest: Manifest) -> tuple[GraphSpec, ...]:
     artifacts = [
         g for b in manifest.blocks if b.ort_training for g in (b.ort_training.training, b.ort_training.evaluation)
     ]
-    return (manifest.predict, *(graph for graph in own if graph is not None), *second, *artifacts)
+    others = [graph for b in manifest.blocks if b.cuda for graph in (b.cuda.step, b.cuda.gradient)]
+    return (manifest.predict, *(graph for graph in own if graph is not None), *second, *artifacts, *others)

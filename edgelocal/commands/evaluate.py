@@ -8,16 +8,23 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from edgelocal.bundle.targets import Device
+from edgelocal.commands.on_device import DeviceRequest, open_device
 from edgelocal.data.pipeline import Split, has_split, open_dataset
 from edgelocal.machine.device import describe
+from edgelocal.runtime.provider import CPU
 from edgelocal.training.evaluate import evaluate
 from edgelocal.training.run import open_trained
 from edgelocal.training.run_info import data_digest
 
 
-def evaluate_run(run: Path, data: Path, bundle: Path | None, batch: int | None, threads: int | None) -> dict[str, Any]:
+def evaluate_run(
+    run: Path, data: Path, bundle: Path | None, batch: int | None, threads: int | None, device: Device = "cpu"
+) -> dict[str, Any]:
     """Scores of a run on the test split of `data`, or on all of it."""
-    trained = open_trained(run, threads or describe().cores, bundle)
+    accelerator = open_device(DeviceRequest(device), bounded=False)
+    provider = CPU if accelerator is None else accelerator.provider(None, None)
+    trained = open_trained(run, threads or describe().cores, bundle, provider)
     manifest = trained.bundle.manifest
     split: Split = "test" if has_split(data, "test") else "train"
     with open_dataset(data, split, manifest.input, manifest.task) as dataset:

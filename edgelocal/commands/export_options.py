@@ -50,6 +50,8 @@ class ExportOptions:
     weights: Path | None = None
     partial_weights: bool = False
     runtime: str = "portable"
+    target: str = "cpu"
+    precision: str = "float32"
     seed: int = 0
 
 
@@ -105,6 +107,17 @@ _OPTIONS = (
         type=click.Choice(["portable", "ort-training", "both"]),
         help="What the bundle can be trained with: standard ONNX on any ONNX Runtime, the artifacts of ONNX Runtime's "
         "training build, or both.",
+    ),
+    _option(
+        "--target",
+        type=click.Choice(["cpu", "cuda", "both"]),
+        help="What the training graphs are written for; either runs on both. cuda: no node may need the CPU.",
+    ),
+    _option(
+        "--precision",
+        type=click.Choice(["float32", "bfloat16"]),
+        help="Of what goes into the matrix products of training, with --target cuda. Convolutions stay float32: ONNX "
+        "Runtime has no others for bfloat16 (train --tf32 makes them faster).",
     ),
     _option("--seed", help="Of the initial weights."),
 )

@@ -32,6 +32,8 @@ def describe_bundle(manifest: Manifest) -> dict[str, Any]:
         "units": len(manifest.units),
         "versions": manifest.versions,
         "runtimes": list(manifest.runtimes),
+        "target": manifest.target or "cpu",
+        "precision": manifest.precision or "float32",
         "bytes": sum(f.size for f in manifest.files.values()),
         "batch": manifest.defaults.batch,
         "frontier": None if manifest.frontier is None else [vars(point) for point in manifest.frontier],
@@ -61,7 +63,8 @@ def bundle_table(info: dict[str, Any]) -> Table:
     table.caption_justify = "left"
     table.caption = (
         "MACs of training a sample; again: those of them done a second time, to need less memory\n"
-        f"for train --runtime {' or '.join(info['runtimes'])}"
+        f"for train --runtime {' or '.join(info['runtimes'])}; graphs for {_NAMED_TARGETS[info['target']]}"
+        f"{', matrix products in bfloat16' if info['precision'] == 'bfloat16' else ''}"
     )
     table.add_column("block")
     table.add_column("units", overflow="fold")
@@ -82,6 +85,7 @@ def bundle_table(info: dict[str, Any]) -> Table:
     return table
 
 
+_NAMED_TARGETS = {"cpu": "the CPU", "cuda": "CUDA", "both": "the CPU and for CUDA"}
 _NAMES = {"bp": "bp", "checkpointing": "bp, checkpointed", "per-unit": "per unit", "linear": "linear"}
 
 

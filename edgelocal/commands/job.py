@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from edgelocal.bundle.folder import Bundle
+from edgelocal.commands.on_device import CPU_REQUEST, DeviceRequest, device_report, fallback_notes
 from edgelocal.commands.progress import Display
 from edgelocal.commands.run_report import make_report
 from edgelocal.data.formats.base import Dataset
 from edgelocal.errors import BudgetError, OverBudgetError
 from edgelocal.machine.budget import peak_rss_bytes, reset_peak
 from edgelocal.machine.device import describe
-from edgelocal.memory.plan import Plan
+from edgelocal.memory.planned import Plan
+from edgelocal.runtime.accelerator import Accelerator
 from edgelocal.runtime.arena import empty_arena, give_back, reserve
 from edgelocal.runtime.library import OOM_ADVICE
 from edgelocal.runtime.pages import clear_pages
+from edgelocal.runtime.provider import CPU, Provider
 from edgelocal.storage.store import Loaded
 from edgelocal.training.checkpoint import Progress, check_progress, read_progress
 from edgelocal.training.config import ORT_TRAINING, TrainConfig
@@ -55,6 +58,8 @@ class TrainRequest:
     validate_every: int
     micro_batch: int | None = None
     on_oom: str = "stop"
+    memory_budget: str | None = None  # as it was written; a share is of the memory that there is
+    device: DeviceRequest = CPU_REQUEST
 
 
 class Job:
@@ -75,6 +80,7 @@ class Job:
         stop: threading.Event,
         idle_bytes: int,
         planner: Planner,
+        device: Accelerator | None = None,
     ) -> None:
         self._request = request
         self._display = display
@@ -85,6 +91,7 @@ class Job:
         self._stop = stop
         self._idle_bytes = idle_bytes
         self._planner = planner
+        self._device = device
         self._threads = request.threads or describe().cores
         self._plan: Plan | None = None
         self._bound: int | None = None  # of micro-batches, once memory ran out
@@ -146,10 +153,7 @@ class Job:
             folder.start()
         else:
             self._keep_bound(read_progress(loaded.state))
-        if self._plan is not None:
-            reserve(self._plan.region_bytes, self._plan.region_limit)
-        elif request.budget_bytes is not None:  # nothing is planned; what is asked for is bounded all the same
-            reserve(0, max(0, request.budget_bytes - self._idle_bytes))
+        provider = self._reserve()
         tensors = loaded.state.tensors if loaded else None
         trainer = Trainer(
             self._bundle.manifest,
@@ -161,6 +165,8 @@ class Job:
                 self._plan,
                 request.out / _CACHE,
                 artifacts=request.config.runtime == ORT_TRAINING,
+                provider=provider,
+                waiting=self._device.waiting if self._device else None,
             ),
             self._data,
             self._validation,
@@ -168,6 +174,7 @@ class Job:
             budget_bytes=request.budget_bytes,
             plan=self._plan,
             cache_folder=request.out / _CACHE,
+            device=self._device,
         )
         if loaded is not None:
             restore(trainer, loaded)
@@ -176,6 +183,18 @@ class Job:
         if loaded is None:
             folder.commit(trainer)
         return trainer
+
+    def _reserve(self) -> Provider:
+        """Set up the memory that graphs run in; what runs them."""
+        plan, budget = self._plan, self._request.budget_bytes
+        rest = None if budget is None else max(0, budget - self._idle_bytes)  # bounds it where nothing is planned
+        if self._device is not None:
+            return self._device.provider(plan.device if plan else None, rest)
+        if plan is not None:
+            reserve(plan.region_bytes, plan.region_limit)
+        elif rest is not None:
+            reserve(0, rest)
+        return CPU
 
     def _train(self, folder: RunFolder, trainer: Trainer) -> dict[str, Any]:
         report = folder.report if trainer.is_finished else None
@@ -187,7 +206,11 @@ class Job:
             trainer.run(watcher)
         scores = trainer.validate(watcher, trainer.blocks, exits=True)
         trainer.check_budget()
+        if self._device is not None:
+            self._note(fallback_notes(trainer.blocks[0].provider))
         report = make_report(trainer, self._info, self._idle_bytes, scores, self._notes, folder.metrics)
+        if self._device is not None:
+            report["device"] = device_report(self._device, trainer)
         folder.write_report(report)
         return report
 
@@ -275,7 +298,7 @@ def _resume_notes(folder: Path, info: RunInfo, skipped: tuple[tuple[Path, str], 
     before = read_run(folder)
     for key, value in info.runtime.items():
         if before.runtime.get(key) != value:
-            was = before.runtime.get(key)
+            was = before.runtime.get(key, "not known")
             notes.append(f"{key} was {was} when {RUN} was written and is {value} now: bits may differ")
     if before.micro_batches != info.micro_batches:
         notes.append(

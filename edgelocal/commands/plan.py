@@ -14,6 +14,8 @@ import numpy as np
 
 from edgelocal.bundle.folder import MANIFEST, Bundle, open_bundle, verify
 from edgelocal.bundle.spec import BlockSpec, Manifest, TaskSpec
+from edgelocal.bundle.targets import Device, for_device
+from edgelocal.commands.on_device import DeviceRequest, open_device
 from edgelocal.data.formats.base import Labels
 from edgelocal.data.pipeline import pipeline_bytes
 from edgelocal.errors import BundleError, UsageError
@@ -21,8 +23,10 @@ from edgelocal.machine.budget import format_size, parse_budget, rss_bytes, size_
 from edgelocal.machine.device import describe
 from edgelocal.machine.profiles import Profile, find_profile, idle_process_bytes
 from edgelocal.memory.needs import PipelineBytes, tensor_bytes
-from edgelocal.memory.peaks import Workload
-from edgelocal.memory.plan import Plan, Thresholds, has_model, idle_range, make_plan, make_thresholds
+from edgelocal.memory.peaks import DeviceNeeds, Workload
+from edgelocal.memory.plan import Thresholds, has_model, idle_range, make_plan, make_thresholds
+from edgelocal.memory.planned import Plan
+from edgelocal.runtime.accelerator import WORKSPACE_BYTES
 from edgelocal.runtime.arena import give_back, start
 from edgelocal.training.cache import cache_precision
 from edgelocal.training.config import ORT_TRAINING
@@ -46,6 +50,7 @@ class PlanRequest:
     augment: bool
     profile: str | None
     threads: int | None
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,12 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
     """
     profile = find_profile(request.profile) if request.profile is not None else None
     device = describe(folder=bundle.folder)
+    needs = _device_needs(request, profile)
     usable = device.effective_bytes if profile is None else profile.usable_bytes
+    if needs is not None and needs.most is not None:  # memory of its own
+        usable += needs.most
     budget = parse_budget(request.memory_budget, usable)
-    manifest = bundle.manifest
+    manifest = for_device(bundle.manifest, request.device)
     if manifest.runtimes == (ORT_TRAINING,):
         raise UsageError(
             f"{bundle.folder} has training artifacts only, and for these nothing is planned; export it with "
@@ -107,10 +115,10 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
         )
     if not has_model(manifest):
         raise BundleError(f"{bundle.folder} does not say what memory its blocks need (schema 1): export it again")
-    idle, spare = _idle_bytes(bundle, profile)
+    idle, spare = _idle_bytes(bundle, profile, needs)
     threads = request.threads or (device.cores if profile is None else profile.cores)
     started = time.perf_counter()
-    work = assumed_work(manifest, request, idle, threads, spare)
+    work = assumed_work(manifest, request, idle, threads, spare, needs)
     plan = make_plan(work, budget)
     plan_s = time.perf_counter() - started
     thresholds = make_thresholds(work)
@@ -139,7 +147,12 @@ def plan_for(bundle: Bundle, request: PlanRequest) -> dict[str, Any]:
 
 
 def assumed_work(
-    manifest: Manifest, request: PlanRequest, idle_bytes: int, threads: int, spare_bytes: int = 0
+    manifest: Manifest,
+    request: PlanRequest,
+    idle_bytes: int,
+    threads: int,
+    spare_bytes: int = 0,
+    device: DeviceNeeds | None = None,
 ) -> Workload:
     """The workload with data that nobody has opened."""
     return Workload.of(
@@ -152,6 +165,7 @@ def assumed_work(
         validates=request.validate,
         micro_batch=request.micro_batch,
         threads=threads,
+        device=device,
     )
 
 
@@ -167,7 +181,10 @@ def assumed_pipeline(manifest: Manifest, request: PlanRequest, batch: int) -> Pi
 
 
 def paged_bytes_per_step(manifest: Manifest, plan: Plan) -> int:
-    """Bytes read and written by paging in a step; sequential: in the step that moves most, without a cache."""
+    """Bytes that paging reads from the disk and writes to it in a step; sequential: in the one that moves most, without
+    a cache."""
+    if plan.device is not None and plan.device.paging == "host":
+        return 0
     moved = [0 if b.resident else _state_bytes(spec) for b, spec in zip(plan.blocks, manifest.blocks, strict=True)]
     if plan.schedule == "interleaved":
         return 2 * sum(moved)
@@ -186,10 +203,14 @@ def advice(manifest: Manifest, plan: Plan, thresholds: Thresholds, usable_bytes:
     paged = [block for block in plan.blocks if not block.resident]
     if paged:
         need = size_up(thresholds.states)
-        found.append(
-            f"the state of {len(paged)} of {len(plan.blocks)} blocks is paged: it waits on disk, is read before every "
-            f"step and written after it, which wears flash memory; from {need} on it stays in memory"
-        )
+        of_all = f"the state of {len(paged)} of {len(plan.blocks)} blocks is paged"
+        if plan.device is not None and plan.device.paging == "host":
+            found.append(f"{of_all}: it waits in the host's memory, and goes to the device and back in every step")
+        else:
+            found.append(
+                f"{of_all}: it waits on disk, is read before every step and written after it, which wears flash "
+                f"memory; from {need} on it stays in memory"
+            )
     if plan.graphs_bytes is not None:
         found.append(
             "graphs are loaded when a block's turn comes, which costs time in every step; from "
@@ -234,14 +255,28 @@ def _load_training() -> None:
     start()
 
 
-def _idle_bytes(bundle: Bundle, profile: Profile | None) -> tuple[int, int]:
-    """Resident memory of the process before a training: of this one, or as it was measured elsewhere; and what another
-    start may have more."""
+def _device_needs(request: PlanRequest, profile: Profile | None) -> DeviceNeeds | None:
+    """What plans must know of the GPU: of the one in this machine, or as assumed of the profile's."""
+    if request.device == "cpu":
+        return None
+    if profile is None:
+        device = open_device(DeviceRequest(request.device), bounded=True)
+        return None if device is None else device.needs
+    if not profile.cuda_context_bytes:
+        raise UsageError(f"{profile.name} has no GPU that CUDA knows: plan for its CPU, or choose another --profile")
+    most = None if profile.shared_memory else profile.device_memory_bytes
+    return DeviceNeeds(profile.cuda_context_bytes, most, WORKSPACE_BYTES, profile.shared_memory)
+
+
+def _idle_bytes(bundle: Bundle, profile: Profile | None, device: DeviceNeeds | None) -> tuple[int, int]:
+    """Memory of the process before a training: of this one, or as it was measured elsewhere; and what another start
+    may have more."""
+    context = 0 if device is None else device.context
     if profile is not None:
-        return idle_process_bytes((bundle.folder / MANIFEST).stat().st_size), 0
+        return idle_process_bytes((bundle.folder / MANIFEST).stat().st_size) + context, 0
     verify(bundle)  # as `train` does: a process that has read large files once is larger
     give_back()
-    return idle_range(rss_bytes())
+    return idle_range(rss_bytes() + context)
 
 
 def _state_bytes(spec: BlockSpec) -> int:

@@ -59,11 +59,23 @@ def plan_lines(result: dict[str, Any]) -> str:
         f"paging: {format_size(result['paged_bytes_per_step'])} read and written a step"
         if result["paged_bytes_per_step"]
         else "paging: none",
+        *_device(result["device"]),
         _thresholds(result["thresholds"], whole=result["most_at_once"] >= result["batch"]),
     ]
     if result["cache"]:
         lines.append(_cache(result["cache"]))
     return "\n".join([*lines, *(f"note: {note}" for note in result["advice"])])
+
+
+def _device(device: dict[str, Any] | None) -> list[str]:
+    """What of it lies on the device."""
+    if device is None:
+        return []
+    sizes = {name: format_size(device[f"{name}_bytes"]) for name in ("peak", "context", "tensors", "workspace")}
+    return [
+        f"on the device: {sizes['peak']}, of it {sizes['context']} context, {sizes['tensors']} tensors, "
+        f"{sizes['workspace']} for kernels; paged states wait on the {device['paging']}"
+    ]
 
 
 def _share(block: dict[str, Any]) -> str:

@@ -133,7 +133,10 @@ def _planned(trainer: Trainer) -> str:
         return "no plan: there is no memory model for this; the peak is measured after every step"
     paged = sum(not b.resident for b in plan.blocks)
     parts = [f"planned peak {format_size(plan.peak_bytes)}"]
-    parts += [f"{paged} of {len(plan.blocks)} blocks paged from disk"] if paged else []
+    if plan.device is not None:
+        parts.append(f"{format_size(plan.device.peak)} of it on the device")
+    waits = plan.device.paging if plan.device else "disk"
+    parts += [f"{paged} of {len(plan.blocks)} blocks paged from {waits}"] if paged else []
     parts += ["graphs loaded when used"] if plan.graphs_bytes is not None else []
     split = [b for b in plan.blocks if b.accumulation > 1]
     if split:

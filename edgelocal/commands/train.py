@@ -13,7 +13,9 @@ from typing import Any
 
 from edgelocal.bundle.folder import Bundle, open_bundle, verify
 from edgelocal.bundle.spec import Manifest
+from edgelocal.bundle.targets import Device, for_device
 from edgelocal.commands.job import Job, TrainRequest
+from edgelocal.commands.on_device import DeviceRequest, open_device
 from edgelocal.commands.progress import Display
 from edgelocal.data.formats.base import Dataset
 from edgelocal.data.formats.images import warm_up
@@ -22,10 +24,12 @@ from edgelocal.errors import BudgetError, InterruptedRunError, RuntimeMissingErr
 from edgelocal.machine.budget import format_size, parse_budget, rss_bytes
 from edgelocal.machine.device import describe
 from edgelocal.machine.packages import package
-from edgelocal.memory.peaks import Workload
-from edgelocal.memory.plan import Plan, has_model, idle_range, make_plan
+from edgelocal.memory.peaks import DeviceNeeds, Workload
+from edgelocal.memory.plan import has_model, idle_range, make_plan
+from edgelocal.memory.planned import Plan
+from edgelocal.runtime.accelerator import Accelerator
 from edgelocal.runtime.arena import give_back, start
-from edgelocal.runtime.library import has_training
+from edgelocal.runtime.library import has_training, runtime_info
 from edgelocal.storage.store import lock
 from edgelocal.training.cache import cache_precision
 from edgelocal.training.config import ORT_TRAINING, PORTABLE, TrainConfig
@@ -58,6 +62,9 @@ def make_request(
     threads: int | None,
     seed: int,
     val_every: int,
+    device: Device,
+    tf32: bool,
+    allow_cpu_fallback: bool,
 ) -> TrainRequest:
     """The request of the command line, with the bundle's defaults for what it leaves out."""
     manifest = open_bundle(bundle).manifest
@@ -79,6 +86,8 @@ def make_request(
         raise UsageError("--micro-batch needs --runtime portable: the artifacts take the whole batch at once")
     if config.runtime == ORT_TRAINING and on_oom == "replan":
         raise UsageError("--on-oom replan needs --runtime portable: for the artifacts nothing is planned")
+    if config.runtime == ORT_TRAINING and device != "cpu":
+        raise UsageError("--device cuda needs --runtime portable: the artifacts' last runtime is not made for it here")
     if not checkpoint_seconds > 0:
         raise UsageError(f"--checkpoint-seconds is {checkpoint_seconds}, expected a number above 0")
     budget = None if memory_budget is None else parse_budget(memory_budget, describe().effective_bytes)
@@ -96,6 +105,8 @@ def make_request(
         validate_every=val_every,
         micro_batch=micro_batch,
         on_oom=on_oom,
+        memory_budget=memory_budget,
+        device=DeviceRequest(device, tf32, allow_cpu_fallback),
     )
 
 
@@ -136,17 +147,24 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
     if request.config.runtime == ORT_TRAINING and not has_training():
         raise _no_training_build(PORTABLE in manifest.runtimes)
     verify(bundle)  # damage is found now, not when the block's turn comes after hours
+    request.device.check()
+    bundle = replace(bundle, manifest=for_device(manifest, request.device.name))
+    manifest = bundle.manifest
+    device = open_device(request.device, bounded=request.budget_bytes is not None)
+    request = with_share(request, device)
     if any(holds_images(path) for path in (request.data, request.validation) if path is not None):
         warm_up()
     give_back()
-    measured = rss_bytes()
+    measured = rss_bytes() + (device.needs.context if device else 0)
     data, validation = open_data(request.data, request.validation, manifest, request.out)
     request = replace(request, config=settled(request.config, request.out, bundle, len(data)))
     request.config.check(manifest)
     threads = request.threads or describe().cores
-    info = describe_run(bundle, data, request.data, request.config, request.budget_bytes, None, threads)
+    runtime = device.runtime_info() if device else runtime_info().as_dict()
+    info = describe_run(bundle, data, request.data, request.config, request.budget_bytes, runtime, threads)
     wanted = _begun_with(request.out, info)
-    plan = _plan(request, bundle, data, validation, measured, wanted)
+    needs = device.needs if device else None
+    plan = _plan(request, bundle, data, validation, measured, needs, wanted)
     check_resume(request.out, request.resume)  # before the lock, which makes the folder
     if plan is not None:
         info = replace(info, micro_batches=tuple(b.micro_batch for b in plan.blocks))
@@ -157,9 +175,17 @@ def train(request: TrainRequest, display: Display, stop: threading.Event) -> dic
         if continued:
             check_same(request.out, info)
         with data, validation or nullcontext():  # unpacks what is compressed, so damage is found now and not in epoch 1
-            replan = partial(_plan, request, bundle, data, validation, measured, wanted or info.micro_batches)
-            job = Job(request, display, bundle, info, data, validation, stop, measured, replan)
+            replan = partial(_plan, request, bundle, data, validation, measured, needs, wanted or info.micro_batches)
+            job = Job(request, display, bundle, info, data, validation, stop, measured, replan, device)
             return job.run(plan, continued)
+
+
+def with_share(request: TrainRequest, device: Accelerator | None) -> TrainRequest:
+    """The request with a budget that is a share taken of host and device together, where they have memory each."""
+    if device is None or device.needs.shared or request.memory_budget is None:
+        return request
+    there = describe().effective_bytes + device.meter.free_bytes()
+    return replace(request, budget_bytes=parse_budget(request.memory_budget, there))
 
 
 def _no_training_build(portable: bool) -> RuntimeMissingError:
@@ -202,6 +228,7 @@ def _plan(
     data: Dataset,
     validation: Dataset | None,
     measured: int,
+    device: DeviceNeeds | None,
     wanted: Sequence[int] | None,
     bound: int | None = None,
 ) -> Plan | None:
@@ -231,6 +258,7 @@ def _plan(
         validates=validation is not None,
         micro_batch=min((m for m in (request.micro_batch, bound) if m is not None), default=None),
         threads=request.threads or describe().cores,
+        device=device,
     )
     return make_plan(work, request.budget_bytes, wanted)
 

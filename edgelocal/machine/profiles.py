@@ -45,6 +45,7 @@ class Profile:
     machine: str = "aarch64"
     shared_memory: bool = True
     device_memory_bytes: int = 0
+    cuda_context_bytes: int = 0
 
     @property
     def usable_bytes(self) -> int:

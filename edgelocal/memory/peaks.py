@@ -6,11 +6,14 @@ any run touches of it, the table of the largest region that any run needs, and t
 Micro-batches are chosen by one bound on the arena, the same for all blocks, as if each had a region of its own. The
 lower the bound, the smaller the micro-batches: under a budget they are the first, from no bound on downwards, with
 which the whole process fits, and the smallest budget is the least that any of them needs.
+
+On a device the same lies there, but for graphs and the data pipeline, which stay on the host. Its arena has no table,
+kernels take more, and the next batch is there already while the current one computes.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -34,6 +37,18 @@ Pipeline: TypeAlias = PipelineBytes | Callable[[int], PipelineBytes]  # known, o
 
 
 @dataclass(frozen=True)
+class DeviceNeeds:
+    """A device with a provider of its own, in bytes: what the process holds there before it plans (`context`, part of
+    the idle process), what it may take there in all (`most`; None: no more is known than the budget), and what kernels
+    and their libraries take besides tensors. `shared` says whether its memory is the host's."""
+
+    context: int
+    most: int | None
+    workspace: int
+    shared: bool
+
+
+@dataclass(frozen=True)
 class Choice:
     """Micro-batches of all blocks; what they need of the arena, and the bytes that lie beside it at most."""
 
@@ -54,7 +69,7 @@ class Workload:
     `most` is the largest micro-batch, `idle` the process before it plans, `spare` what that may be more in another
     start of it, where a budget named in this one is to be enough too, `pipeline_at` what the data takes at a batch,
     `validates` whether batches also pass through the whole network in inference mode, `threads` those of each graph,
-    `convolves` whether the network has convolutions.
+    `convolves` whether the network has convolutions, `device` where graphs run if not on the host.
     """
 
     needs: tuple[BlockNeeds, ...]
@@ -67,6 +82,7 @@ class Workload:
     validates: bool
     threads: int
     convolves: bool
+    device: DeviceNeeds | None = None
 
     @classmethod
     def of(
@@ -81,6 +97,7 @@ class Workload:
         validates: bool,
         micro_batch: int | None = None,
         threads: int = 1,
+        device: DeviceNeeds | None = None,
     ) -> Workload:
         """The blocks of a bundle; `micro_batch` is an upper bound for all of them."""
         needs = tuple(block_needs(block) for block in manifest.blocks)
@@ -90,7 +107,9 @@ class Workload:
             return pipeline(samples) if callable(pipeline) else pipeline
 
         convolves = has_convolutions(manifest.blocks)
-        return cls(needs, batch, most, schedule, idle_bytes, spare_bytes, pipeline_at, validates, threads, convolves)
+        return cls(
+            needs, batch, most, schedule, idle_bytes, spare_bytes, pipeline_at, validates, threads, convolves, device
+        )
 
     @property
     def anywhere(self) -> Workload:
@@ -114,7 +133,12 @@ class Workload:
 
     def fits(self, budget: int) -> bool:
         """Whether there is a plan at all."""
-        return self.idle + self._held <= budget and any(self.idle + choice.total <= budget for choice in self.choices())
+        return self.idle + self._held <= budget and any(self.holds(choice, budget) for choice in self.choices())
+
+    def holds(self, choice: Choice, budget: int | None) -> bool:
+        """Whether the process fits the budget, and its part on the device what that has."""
+        within = budget is None or self.idle + choice.total <= budget
+        return within and self.on_device_fits(choice.micro, choice.arena, choice.beside)
 
     def largest_batch(self, budget: int) -> int:
         """The largest smaller batch that fits, 0 if none does. What fits is not always less than what does not (the
@@ -170,15 +194,19 @@ class Workload:
         found: list[tuple[int, ArenaBytes]] = []
         for size in sizes:
             if size <= self.most:
-                arena = self.way(needs, size).arena(size)
+                arena = self.taken(self.way(needs, size).arena(size))
                 if not found or arena.total < found[-1][1].total:
                     found.append((size, arena))
         return found
 
     def arena(self, micro: Sequence[int]) -> ArenaBytes:
         """What all blocks and all passes need of the arena."""
-        ways = (self.way(n, size).arena(size) for n, size in zip(self.needs, micro, strict=True))
+        ways = (self.taken(self.way(n, size).arena(size)) for n, size in zip(self.needs, micro, strict=True))
         return reduce(ArenaBytes.joined, ways, self.floor)
+
+    def taken(self, arena: ArenaBytes) -> ArenaBytes:
+        """What runs take that need this of an arena: a device's arena has no table, and its kernels take more."""
+        return arena if self.device is None else ArenaBytes(arena.touched + self.device.workspace, 0)
 
     def way(self, needs: BlockNeeds, micro: int) -> Way:
         """How a block takes the batch, so many samples at a time."""
@@ -189,7 +217,7 @@ class Workload:
         """What a batch that passes through the network in inference mode needs of the arena."""
         exits = [n.exit_arena(self.batch) for n in self.needs] if self.validates else []
         frozen = [n.forward_arena(self.batch) for n in self.needs[:-1]] if self.schedule == "sequential" else []
-        return reduce(ArenaBytes.joined, [*exits, *frozen], ArenaBytes(0, 0))
+        return reduce(ArenaBytes.joined, [self.taken(a) for a in (*exits, *frozen)], ArenaBytes(0, 0))
 
     def beside(self, micro: Sequence[int], graphs: int, resident: frozenset[int] = frozenset()) -> int:
         """What lies beside the arena at most, with the states of `resident` blocks always in memory."""
@@ -201,28 +229,56 @@ class Workload:
             + n.output.at(self.batch)
             for i, (n, size) in enumerate(zip(self.needs, micro, strict=True))
         )
-        common = self.runtime + graphs + self.pipeline.resident
-        return states + common + max(working, self._between(resident))
+        ahead = 0 if self.device is None else self._making  # the next batch is made while the current one computes
+        return states + ahead + self._common(graphs) + max(working, self._between(resident))
+
+    def _common(self, graphs: int) -> int:
+        """What stays the same while a training runs: the runtime, graphs, and what the data keeps."""
+        return self.runtime + graphs + self.pipeline.resident
+
+    @property
+    def _making(self) -> int:
+        """A batch, and what making it takes."""
+        return self.pipeline.making + self.needs[0].source.at(self.batch)
 
     def _between(self, resident: frozenset[int]) -> int:
         """What else is there while a batch is made or passes through the network in inference mode."""
-        making = self.pipeline.making + self.needs[0].source.at(self.batch)
+        making = self._making if self.device is None else 0  # on a device it is there besides
         if not (self.validates or self.schedule == "sequential"):
             return making
         paged = max((n.state_bytes for i, n in enumerate(self.needs) if i not in resident), default=0)
         return max(making, paged + max(self._passing(n) for n in self.needs))
+
+    def on_device(self, micro: Sequence[int], arena: ArenaBytes, beside: int, graphs: int | None = None) -> int:
+        """Of the arena and what lies `beside` it, with `graphs` bytes of graphs (None: the least), the part on the
+        device, its context included; 0 where there is none."""
+        if self.device is None:
+            return 0
+        graphs = self.graph_bytes(micro, every=False) if graphs is None else graphs
+        return self.device.context + arena.total + beside - self._common(graphs) - self.pipeline.making
+
+    def on_device_fits(self, micro: Sequence[int], arena: ArenaBytes, beside: int, graphs: int | None = None) -> bool:
+        """Whether that is no more than the device has."""
+        most = None if self.device is None else self.device.most
+        return most is None or self.on_device(micro, arena, beside, graphs) <= most
 
     def _passing(self, needs: BlockNeeds) -> int:
         """Input and output of a block; a cache in half precision holds an output in both for a moment."""
         output = needs.output.at(self.batch)
         return output + max(needs.source.at(self.batch), output // 2 if self.schedule == "sequential" else 0)
 
-    def resident(self, micro: Sequence[int], graphs: int, room: int) -> frozenset[int]:
-        """The blocks whose state stays in memory where there is `room` beside the arena: as many as can, the largest
-        first, because each of them is in memory anyway when it works."""
+    def resident(self, micro: Sequence[int], graphs: int, room: int | None) -> frozenset[int]:
+        """The blocks whose state stays in memory where there is `room` beside the arena (None: any): as many as can,
+        the largest first, because each of them is in memory anyway when it works."""
         order = sorted(range(len(self.needs)), key=lambda i: -self.needs[i].state_bytes)
-        first = range(len(order) + 1)
-        count = bisect_right(first, room, key=lambda k: self.beside(micro, graphs, frozenset(order[:k]))) - 1
+        arena = self.arena(micro)
+
+        def too_many(count: int) -> bool:
+            beside = self.beside(micro, graphs, frozenset(order[:count]))
+            within = room is None or beside <= room
+            return not (within and self.on_device_fits(micro, arena, beside, graphs))
+
+        count = bisect_left(range(len(order) + 1), True, key=too_many) - 1
         return frozenset(order[: max(0, count)])
 
     @property

@@ -25,13 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from edgelocal.bundle.memory_spec import ARENA_TABLE, table_bytes
+from edgelocal.bundle.memory_spec import table_bytes
 from edgelocal.bundle.spec import Manifest
 from edgelocal.errors import BudgetError
-from edgelocal.machine.budget import format_size, size_up
-from edgelocal.memory.peaks import ALL_TRIED, Workload
+from edgelocal.memory.peaks import DeviceNeeds, Workload
+from edgelocal.memory.planned import BlockPlan, DevicePlan, Plan
+from edgelocal.memory.refusal import device_refusal, refusal
 
 _IDLE_STEP, _IDLE_NOISE = 1 << 20, 128 << 10  # equal processes differ by 4 to 120 KiB
 
@@ -39,71 +39,6 @@ KINDS = (
     *("parameters", "optimizer", "buffers", "gradients", "activations", "workspace"),
     *("input", "output", "runtime", "pipeline"),
 )
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """How one block trains. `predicted` are bytes by kind above the idle process while it works, `arena` those of them
-    that the runtime's arena takes, the table of the process's region included."""
-
-    name: str
-    micro_batch: int
-    accumulation: int
-    resident: bool
-    predicted: dict[str, int]
-    arena: int
-
-    @property
-    def total(self) -> int:
-        """All kinds together."""
-        return sum(self.predicted.values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the runner does with the memory it has. `graphs_bytes` bounds the loaded graphs; None keeps all of them. The
-    arena takes `arena_bytes` in a region of `region_bytes`."""
-
-    batch: int
-    schedule: str
-    budget_bytes: int | None
-    idle_bytes: int
-    graphs_bytes: int | None
-    blocks: tuple[BlockPlan, ...]
-    arena_bytes: int
-    region_bytes: int
-    peak_bytes: int
-
-    @property
-    def region_limit(self) -> int | None:
-        """What regions may take in all: this one, and with its table what the budget leaves."""
-        if self.budget_bytes is None:
-            return None
-        return self.region_bytes + (self.budget_bytes - self.peak_bytes) * ARENA_TABLE // (ARENA_TABLE + 1)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "batch": self.batch,
-            "schedule": self.schedule,
-            "budget_bytes": self.budget_bytes,
-            "idle_bytes": self.idle_bytes,
-            "arena_bytes": self.arena_bytes,
-            "region_bytes": self.region_bytes,
-            "peak_bytes": self.peak_bytes,
-            "graphs_bytes": self.graphs_bytes,
-            "blocks": [
-                {
-                    "name": b.name,
-                    "micro_batch": b.micro_batch,
-                    "accumulation": b.accumulation,
-                    "resident": b.resident,
-                    "predicted": {**b.predicted, "total": b.total},
-                    "predicted_arena_bytes": b.arena,
-                }
-                for b in self.blocks
-            ],
-        }
 
 
 def has_model(manifest: Manifest) -> bool:
@@ -134,7 +69,6 @@ def make_plan(work: Workload, budget_bytes: int | None, wanted: Sequence[int] | 
         plan = _with_micro(work, [min(size, work.most) for size in wanted], budget_bytes)
     plan = plan or _least_given_up(work, budget_bytes)
     if plan is None:
-        assert budget_bytes is not None, "without a budget everything is kept"
         raise BudgetError(_refusal(work.anywhere, budget_bytes))
     return plan
 
@@ -142,7 +76,9 @@ def make_plan(work: Workload, budget_bytes: int | None, wanted: Sequence[int] | 
 def make_thresholds(work: Workload) -> Thresholds:
     """The budgets at which the plan gives something up, in every start of the process."""
     work = work.anywhere
-    kept, fewer, paged = (_plan(work, work.uncut, mode, None).peak_bytes for mode in (_ALL, _STATES, _NOTHING))
+    kept, fewer, paged = (
+        _plan(work, work.uncut, mode, None, tight=True).peak_bytes for mode in (_ALL, _STATES, _NOTHING)
+    )
     return Thresholds(kept, fewer, paged, work.least)
 
 
@@ -162,38 +98,58 @@ class _Mode:
     states: bool  # all states stay in memory
 
 
-_ALL, _STATES, _NOTHING = _Mode(True, True), _Mode(False, True), _Mode(False, False)
+_ALL, _STATES, _GRAPHS, _NOTHING = _Mode(True, True), _Mode(False, True), _Mode(True, False), _Mode(False, False)
 
 
 def _least_given_up(work: Workload, budget: int | None) -> Plan | None:
     """The best plan that fits, None where none does."""
     for mode in (_ALL, _STATES):
         plan = _plan(work, work.uncut, mode, budget)
-        if budget is None or plan.peak_bytes <= budget:
+        if _fits(work, plan):
             return plan
-    fitting = (choice for choice in work.choices() if work.idle + choice.total <= (budget or 0))
-    choice = next(fitting, None)
-    return None if choice is None else _plan(work, choice.micro, _NOTHING, budget)
+    choice = next((choice for choice in work.choices() if work.holds(choice, budget)), None)
+    if choice is None:
+        return None
+    if work.device is not None:  # to drop graphs, which are on the host, makes no room there
+        plan = _plan(work, choice.micro, _GRAPHS, budget)
+        if _fits(work, plan):
+            return plan
+    return _plan(work, choice.micro, _NOTHING, budget)
 
 
 def _with_micro(work: Workload, micro: Sequence[int], budget: int | None) -> Plan | None:
     """The best plan that fits with these micro-batches, None where none does."""
     plans = (_plan(work, micro, mode, budget) for mode in (_ALL, _STATES, _NOTHING))
-    return next((plan for plan in plans if budget is None or plan.peak_bytes <= budget), None)
+    return next((plan for plan in plans if _fits(work, plan)), None)
 
 
-def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None) -> Plan:
-    """The plan with these micro-batches, whether it fits or not."""
+def _fits(work: Workload, plan: Plan) -> bool:
+    """Whether the process fits its budget, and its part on a device what that has."""
+    within = plan.budget_bytes is None or plan.peak_bytes <= plan.budget_bytes
+    most = None if work.device is None else work.device.most
+    return within and (most is None or plan.device is None or plan.device.peak <= most)
+
+
+def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None, *, tight: bool = False) -> Plan:
+    """The plan with these micro-batches, whether it fits or not; `tight` with nothing kept that the mode gives up."""
     graphs = work.graph_bytes(micro, every=mode.graphs)
     arena = work.arena(micro)
     resident: frozenset[int] = frozenset()
     if mode.states:
         resident = frozenset(range(len(work.needs)))
-    elif budget is not None:
-        resident = work.resident(micro, graphs, budget - work.idle - arena.total)
+    elif not tight:
+        resident = work.resident(micro, graphs, None if budget is None else budget - work.idle - arena.total)
     loaded = work.graphs_beside(micro, None if mode.graphs else graphs)
     blocks = _blocks(work, micro, resident, loaded, table_bytes(arena.region))
-    peak = work.idle + arena.total + work.beside(micro, graphs, resident)
+    beside = work.beside(micro, graphs, resident)
+    peak = work.idle + arena.total + beside
+    device = None
+    if work.device is not None:
+        there = work.on_device(micro, arena, beside, graphs)
+        paged = sum(n.state_bytes for i, n in enumerate(work.needs) if i not in resident)
+        on_host = not (work.device.shared or tight) and (budget is None or peak + paged <= budget)
+        peak += paged * on_host
+        device = _device_plan(work.device, there, None if budget is None else budget - peak, on_host=on_host)
     return Plan(
         batch=work.batch,
         schedule=work.schedule,
@@ -204,7 +160,15 @@ def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None)
         arena_bytes=arena.total,
         region_bytes=arena.region,
         peak_bytes=peak,
+        device=device,
     )
+
+
+def _device_plan(device: DeviceNeeds, peak: int, spare: int | None, *, on_host: bool) -> DevicePlan:
+    """The part on a device; `spare` is what the budget leaves, None without one."""
+    left = [room for room in (spare, None if device.most is None else device.most - peak) if room is not None]
+    limit = peak - device.context + max(0, min(left)) if left else None
+    return DevicePlan(peak, device.context, device.workspace, limit, "host" if on_host else "disk")
 
 
 def _blocks(
@@ -215,9 +179,9 @@ def _blocks(
     frozen, blocks = 0, []
     for index, (needs, size) in enumerate(zip(work.needs, micro, strict=True)):
         way = work.way(needs, size)
-        touched = max(way.arena(size).touched, frozen)
+        touched = max(work.taken(way.arena(size)).touched, frozen)
         if work.schedule == "sequential":
-            frozen = max(frozen, needs.forward_arena(batch).touched)
+            frozen = max(frozen, work.taken(needs.forward_arena(batch)).touched)
         peak = way.model.peak(size)
         inside = {"activations": peak.activations.at(size), "gradients": peak.gradients.at(size)}
         # The rest of the arena is what kernels need and what lies waste between values.
@@ -242,38 +206,17 @@ def _sum(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return total
 
 
-def _refusal(work: Workload, budget: int) -> str:
-    """Why nothing fits, and what would."""
+def _refusal(work: Workload, budget: int | None) -> str:
+    """Why nothing fits: the budget, or the device, is too small."""
     plan = _tightest(work)
-    worst = max(plan.blocks, key=lambda b: b.total)
-    others = plan.peak_bytes - work.idle - worst.total
-    parts = f"{size_up(work.idle)} idle, {size_up(worst.total)} for the block"
-    advice = "lower --batch, or export more blocks"
-    if others:
-        parts += f", {size_up(others)} more {_what_else(work)}"
-        advice = "lower --batch"
-    fitting = work.largest_batch(budget)
-    # Of very large batches not all were tried.
-    which = "the largest" if work.batch - 1 <= ALL_TRIED else "a"
-    fits = f"{which} --batch that fits is {fitting}" if fitting else "not even a batch of one sample fits"
-    if work.idle >= budget:
-        fits += ", as the process takes more before it has loaded anything"
-    at_once = "the whole batch" if worst.accumulation == 1 else f"{worst.micro_batch} of {work.batch} samples"
-    return (
-        f"the process needs {size_up(plan.peak_bytes)} while block {worst.name} trains {at_once} at a time ({parts}), "
-        f"the budget is {format_size(budget)}; {fits}, and the smallest budget for this batch is "
-        f"{size_up(plan.peak_bytes)} ({plan.peak_bytes} bytes); raise --memory-budget, {advice}"
-    )
-
-
-def _what_else(work: Workload) -> str:
-    """What takes the memory that no block at work does."""
-    validating = ["to validate with the whole batch"] * work.validates
-    frozen = ["to pass the whole batch through frozen blocks"] * (work.schedule == "sequential")
-    return " or ".join(["to make a batch", *validating, *frozen])
+    if budget is not None and plan.peak_bytes > budget:
+        return refusal(work, plan, budget)
+    most = None if work.device is None else work.device.most
+    assert most is not None, "else everything is kept"
+    return device_refusal(plan, most)
 
 
 def _tightest(work: Workload) -> Plan:
     """The plan that needs least."""
     least = min(work.choices(), key=lambda choice: choice.total)
-    return _plan(work, least.micro, _NOTHING, None)
+    return _plan(work, least.micro, _NOTHING, None, tight=True)

@@ -109,6 +109,37 @@ class Epoch:
 
 
 @dataclass(frozen=True)
+class DevicePlan:
+    """What was planned for a device, in bytes; `paging` is where states wait, "host" or "disk"."""
+
+    peak_bytes: int | None = None
+    context_bytes: int | None = None
+    tensors_bytes: int | None = None
+    workspace_bytes: int | None = None
+    limit_bytes: int | None = None
+    paging: str | None = None
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What a run held on a device, in bytes, as `measured_by` ("nvml", "driver") says; of the arena, `workspace_bytes`
+    are those beyond the planned tensors. `fallback_nodes` ran on the CPU."""
+
+    name: str | None = None
+    gpu: str | None = None
+    shared_memory: bool | None = None
+    tf32: bool | None = None
+    measured_by: str | None = None
+    peak_bytes: int | None = None
+    context_bytes: int | None = None
+    arena_bytes: int | None = None
+    workspace_bytes: int | None = None
+    outside_bytes: int | None = None
+    fallback_nodes: int | None = None
+    planned: DevicePlan | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """report.json, and beside it what `load_report` adds: `metrics`, `run` (run.json as text), `settings` (its
     config) and `unfinished`.
@@ -136,6 +167,7 @@ class Report:
     paged_bytes: int | None = None
     cached_bytes: int | None = None
     cache: dict[str, str] | None = None
+    device: DeviceMemory | None = None
     timeline: tuple[tuple[float, ...], ...] | None = None
     frontier: tuple[FrontierPoint, ...] | None = None
     validation: dict[str, float] | None = None

@@ -9,6 +9,7 @@ from typing import Any
 from edgelocal import __version__
 from edgelocal.report import words
 from edgelocal.report.curves import loss_figure, metric_figure
+from edgelocal.report.device import device_rows, device_text, device_title
 from edgelocal.report.figure import facts, table
 from edgelocal.report.frontier import frontier_figure
 from edgelocal.report.memory import memory_figure
@@ -119,6 +120,9 @@ def _working_set_tile(report: Report) -> list[Markup]:
 
 def _sections(report: Report) -> list[Markup]:
     found = [tag("section", tag("h2", "Blocks"), table(_block_rows(report)), id="blocks")]
+    if report.device is not None:
+        rows, said = table(device_rows(report)), tag("p", device_text(report))
+        found.append(tag("section", tag("h2", device_title(report.device)), rows, said, id="device"))
     places = tag("div", tag("h2", "What was run where"), facts(_places(report)))
     settings = tag("div", tag("h2", "Settings"), facts(_settings(report)))
     found.append(tag("section", tag("div", places, settings, class_="two"), id="run"))

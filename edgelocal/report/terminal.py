@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from edgelocal.report import words
-from edgelocal.report.model import BlockReport, Report, parse_report
+from edgelocal.report.device import device_rows, device_text, device_title
+from edgelocal.report.model import BlockReport, DeviceMemory, Report, parse_report
 
 MIN_BAR, MAX_BAR = 12, 48
 
@@ -68,6 +69,8 @@ def report_table(raw: dict[str, Any]) -> Group:
     parts: list[RenderableType] = [_scores(report)]
     if any(b.predicted_bytes is not None or b.working_set_bytes is not None for b in report.blocks):
         parts += [_memory(report), _Legend(report)]
+    if report.device is not None:
+        parts.append(_device(report, report.device))
     return Group(*parts)
 
 
@@ -75,6 +78,7 @@ def closing_lines(raw: dict[str, Any]) -> str:
     """The result in a sentence, then disk traffic, comparison and notes, a line each."""
     report = parse_report(raw)
     lines = [report.unfinished or "", words.conclusion(report), words.micro_text(report), words.disk_text(report)]
+    lines.append(device_text(report))
     lines += words.comparison(report)
     lines += [f"note: {note}" for note in report.notes or ()]
     return "\n".join(line for line in lines if line)
@@ -114,6 +118,16 @@ def _memory(report: Report) -> Table:
             words.ratio(predicted, measured),
             _bar(report, block),
         )
+    return table
+
+
+def _device(report: Report, device: DeviceMemory) -> Table:
+    header, *rows = device_rows(report)
+    table = Table(title=Text(device_title(device)), title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

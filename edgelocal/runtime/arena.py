@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from edgelocal.bundle.protobuf import BYTES, VARINT, render
 from edgelocal.runtime.library import CPU_PROVIDER, runtime, translated
+from edgelocal.runtime.tiny import tiny_model
 
 _MMAP_FROM = 1 << 20
 _MALLOPT_TRIM, _MALLOPT_MMAP = -1, -3  # glibc's malloc.h
@@ -80,19 +80,7 @@ def reserve(region_bytes: int, limit_bytes: int | None = None) -> None:
 
 def _run_tiny(*, shared: bool) -> None:
     """Run a graph of two nodes, so that the runtime's code is in memory, and give its memory back."""
-    info = [(1, BYTES, b"x"), (2, BYTES, render([(1, BYTES, render([(1, VARINT, 1), (2, BYTES, _one_dim())]))]))]
-    nodes = [
-        render([(1, BYTES, a), (2, BYTES, b), (4, BYTES, b"Exp")]) for a, b in ((b"x", b"between"), (b"between", b"y"))
-    ]
-    graph = render(
-        [
-            *((1, BYTES, node) for node in nodes),
-            (2, BYTES, b"first"),
-            (11, BYTES, render(info)),
-            (12, BYTES, render([(1, BYTES, b"y"), info[1]])),
-        ]
-    )
-    model = render([(1, VARINT, 8), (7, BYTES, graph), (8, BYTES, render([(2, VARINT, 13)]))])
+    model = tiny_model([("Exp", ("x",), "between"), ("Exp", ("between",), "y")], {"x": (1,)}, ("y", (1,)))
     session = runtime().InferenceSession(model, session_options(1, shared=shared), providers=[CPU_PROVIDER])
     binding = session.io_binding()
     arrays = [np.empty(1, np.float32) for _ in range(2)]  # an output in the arena would keep its region there
@@ -112,10 +100,6 @@ def empty_arena() -> None:
         _run_tiny(shared=True)
     except Exception as error:
         raise translated(error, "not even a graph of two nodes can be run") from error
-
-
-def _one_dim() -> bytes:
-    return render([(1, BYTES, render([(1, VARINT, 1)]))])
 
 
 def releasing(arena: str = "cpu:0") -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +14,8 @@ from edgelocal.errors import DivergedError, UsageError
 from edgelocal.runtime.arena import give_back
 from edgelocal.runtime.graphs import GraphPool
 from edgelocal.runtime.ort_step import run_artifacts, zero_sums
-from edgelocal.runtime.pages import PREFIX, PageFile
+from edgelocal.runtime.pages import Page
+from edgelocal.runtime.provider import Provider
 from edgelocal.runtime.session import in_order
 from edgelocal.runtime.tensor import HOST, Place, Tensor
 from edgelocal.storage.tensors import Array
@@ -27,7 +27,7 @@ Numbers = Mapping[str, float]
 class Block:
     """State (parameters, optimizer slots, buffers) of one block; its graphs come from a pool when they are used.
 
-    With a `page` folder the state waits on disk whenever the block does not work. With `artifacts` the gradients are
+    With a `page` the state waits there whenever the block does not work. With `artifacts` the gradients are
     those of ONNX Runtime's training artifacts (ort_step.py), and the whole batch is taken at once.
 
     Raises:
@@ -40,7 +40,7 @@ class Block:
         index: int,
         graphs: GraphPool,
         state: Mapping[str, Array] | None = None,
-        page: Path | None = None,
+        page: Page | None = None,
         *,
         artifacts: bool = False,
     ) -> None:
@@ -50,7 +50,7 @@ class Block:
         self._graphs = graphs
         self._artifacts = self.spec.ort_training if artifacts else None
         arrays = state or self._initial()
-        self._page = PageFile(page / f"{PREFIX}{self.spec.name}", self.spec.state()) if page else None
+        self._page = page
         self._state: dict[str, Tensor] = {}
         if self._page is None:
             # A copy: a step writes over the state, and these may be views of a file's bytes.
@@ -116,6 +116,11 @@ class Block:
         """Where its tensors lie."""
         return self._graphs.place
 
+    @property
+    def provider(self) -> Provider:
+        """What runs its graphs."""
+        return self._graphs.provider
+
     def forward(self, x: Tensor, *, release: bool = False) -> Tensor:
         """The block's output in inference mode."""
         return self._infer(self.spec.forward, x, release)
@@ -137,7 +142,8 @@ class Block:
         self._graphs.start_anew()
 
     def close(self) -> None:
-        """Remove the page file."""
+        """Drop the state, and the page."""
+        self._state = {}
         if self._page is not None:
             self._page.remove()
 

@@ -10,51 +10,125 @@ bring handles of cuBLAS and cuDNN of its own, which lie outside of the arena.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from edgelocal.errors import RuntimeMissingError
 from edgelocal.machine.device import describe
 from edgelocal.machine.doctor import advice
+from edgelocal.machine.packages import release
+from edgelocal.memory.peaks import DeviceNeeds
+from edgelocal.runtime.accelerator import WORKSPACE_BYTES, Accelerator
+from edgelocal.runtime.arena import session_options
+from edgelocal.runtime.cuda_host import cuda_runtime, gpu_name, is_integrated, pinned
 from edgelocal.runtime.library import runtime
 from edgelocal.runtime.provider import Provider
 from edgelocal.runtime.tensor import Place
+from edgelocal.runtime.tiny import tiny_model
 
 NAME = "CUDAExecutionProvider"
 _SAME_AS_REQUESTED = 1  # of the arena's strategies: a region is as large as what did not fit, and can be given back
+_FIRST_WITH_ONE_ARENA = (1, 23)  # before, tensors come from an arena of their own that grows by powers of two
 _SPLIT_FROM = 256  # bytes of a rest that are worth a chunk of their own
-_RUNTIMES = ("libcudart.so.13", "libcudart.so.12")
+_SMALL_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:1"  # KiB and pieces, for every handle: Hopper's default is 32 MiB
+_DOCTOR = "`edgelocal doctor` says what is missing; or train with --device cpu"
 
 
-def cuda_provider(limit_bytes: int | None = None, *, tf32: bool = False, may_fall_back: bool = False) -> Provider:
-    """The CUDA provider with an arena of at most `limit_bytes` (None: what the device has).
+def open_cuda(*, tf32: bool = False, may_fall_back: bool = False, bounded: bool = False) -> Accelerator:
+    """The first GPU, ready to work: its context is made and its libraries are loaded. `bounded`: memory matters more
+    than time.
 
     Raises:
-        RuntimeMissingError: the runtime that is installed has none, or its libraries are missing.
+        RuntimeMissingError: the runtime that is installed has no CUDA, its libraries are missing, or there is no GPU.
+    """
+    if bounded:
+        os.environ.setdefault(*_SMALL_WORKSPACE)
+    load_cuda()
+    meter = DriverMeter()
+    warm_up(tf32=tf32)
+    shared = is_integrated()
+    context = meter.used_bytes()
+    return Accelerator(
+        name="cuda",
+        model=gpu_name(),
+        tf32=tf32,
+        meter=meter,
+        needs=DeviceNeeds(context, None if shared else context + meter.free_bytes(), WORKSPACE_BYTES, shared),
+        prepare=partial(cuda_provider, tf32=tf32, may_fall_back=may_fall_back, bounded=bounded),
+        waiting=pinned,
+    )
+
+
+def load_cuda() -> None:
+    """Find the libraries of CUDA.
+
+    Raises:
+        RuntimeMissingError: the runtime that is installed has no CUDA provider.
     """
     ort = runtime()
     if NAME not in ort.get_available_providers():
         raise RuntimeMissingError(f"the ONNX Runtime that is installed has no {NAME}: {advice(describe())}")
     if hasattr(ort, "preload_dlls"):  # from 1.21 on; before, the system has to find CUDA
         ort.preload_dlls(directory="")
-    _share_arena(ort, limit_bytes)
+
+
+def warm_up(*, tf32: bool) -> None:
+    """Run a convolution and a matrix product, outside of the arena that is shared, so that what the libraries load at
+    their first use is there.
+
+    Raises:
+        RuntimeMissingError: CUDA cannot run them here.
+    """
+    nodes = [("Conv", ("x", "w"), "y"), ("MatMul", ("y", "y"), "z")]
+    model = tiny_model(nodes, {"x": (1, 1, 8, 8), "w": (1, 1, 3, 3)}, ("z", (1, 1, 6, 6)))
+    ort = runtime()
+    options = session_options(1, shared=False)
+    try:
+        session = ort.InferenceSession(
+            model, options, providers=[(NAME, settings(None, tf32=tf32, bounded=True))], enable_fallback=0
+        )
+        there = NAME in session.get_providers()
+        session.run(None, {"x": np.ones((1, 1, 8, 8), np.float32), "w": np.ones((1, 1, 3, 3), np.float32)})
+    except Exception as error:
+        raise RuntimeMissingError(f"CUDA does not run here ({_first_line(error)}): {_DOCTOR}") from error
+    if not there:
+        raise RuntimeMissingError(f"the runtime left CUDA out and would go on with the CPU: {_DOCTOR}")
+
+
+def cuda_provider(
+    limit_bytes: int | None = None, *, tf32: bool = False, may_fall_back: bool = False, bounded: bool = False
+) -> Provider:
+    """The CUDA provider with an arena of at most `limit_bytes` (None: what the device has), once in a process.
+
+    Raises:
+        RuntimeMissingError: the runtime that is installed has none, or its libraries are missing.
+    """
+    load_cuda()
+    _share_arena(limit_bytes)
     return Provider(
         name=NAME,
         place=Place("cuda"),
-        options=settings(limit_bytes, tf32=tf32),
+        options=settings(limit_bytes, tf32=tf32, bounded=bounded),
         arena="gpu:0",
         fixed_batch=True,
         may_fall_back=may_fall_back,
+        one_arena=release(runtime().__version__) >= _FIRST_WITH_ONE_ARENA,
     )
 
 
-def settings(limit_bytes: int | None, *, tf32: bool) -> dict[str, str]:
-    """The options of the provider."""
+def settings(limit_bytes: int | None, *, tf32: bool, bounded: bool) -> dict[str, str]:
+    """The options of the provider. cuDNN chooses its plans by a quick list where memory is `bounded`, with cuDNN 8 also
+    in little workspace; else by the better one, which cuDNN 8 finds by trying all."""
     found = {
         "device_id": "0",
         "arena_extend_strategy": "kSameAsRequested",
-        "cudnn_conv_algo_search": "HEURISTIC",
+        "cudnn_conv_algo_search": "HEURISTIC" if bounded else "EXHAUSTIVE",
+        "cudnn_conv_use_max_workspace": str(int(not bounded)),
         "use_tf32": str(int(tf32)),
         "prefer_nhwc": "0",
         "use_ep_level_unified_stream": "1",
@@ -62,8 +136,14 @@ def settings(limit_bytes: int | None, *, tf32: bool) -> dict[str, str]:
     return found if limit_bytes is None else {**found, "gpu_mem_limit": str(limit_bytes)}
 
 
-def _share_arena(ort: Any, limit_bytes: int | None) -> None:
-    """One arena for all sessions and tensors."""
+_arena_limits: list[int] = []  # of this process's arena, once it has one
+
+
+def _share_arena(limit_bytes: int | None) -> None:
+    """One arena for all sessions and tensors; later calls change nothing."""
+    if _arena_limits:
+        return
+    ort = runtime()
     place = ort.OrtMemoryInfo("Cuda", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     arena = {
         "max_mem": limit_bytes or 0,
@@ -71,6 +151,28 @@ def _share_arena(ort: Any, limit_bytes: int | None) -> None:
         "max_dead_bytes_per_chunk": _SPLIT_FROM,
     }
     ort.create_and_register_allocator_v2(NAME, place, {}, ort.OrtArenaCfg(arena))
+    _arena_limits.append(limit_bytes or 0)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class DriverMeter:
+    """The device as a whole, by CUDA's runtime: what it became fuller by since this was made counts as ours."""
+
+    source = "driver"
+
+    def __init__(self) -> None:
+        self._before = device_memory().free
+
+    def used_bytes(self) -> int:
+        """What the device became fuller by."""
+        return max(0, self._before - device_memory().free)
+
+    def free_bytes(self) -> int:
+        """What there is to have."""
+        return device_memory().free
 
 
 @dataclass(frozen=True)
@@ -87,18 +189,9 @@ def device_memory(load: Callable[[str], Any] = ctypes.CDLL) -> DeviceMemory:
     Raises:
         RuntimeMissingError: no CUDA runtime can be loaded, or it has no device.
     """
-    library = _cuda_runtime(load)
+    library = cuda_runtime(load)
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     code = library.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
     if code != 0:
         raise RuntimeMissingError(f"CUDA does not tell the device's memory (error {code}): check `nvidia-smi`")
     return DeviceMemory(free.value, total.value)
-
-
-def _cuda_runtime(load: Callable[[str], Any]) -> Any:
-    for name in _RUNTIMES:
-        try:
-            return load(name)
-        except OSError:
-            continue
-    raise RuntimeMissingError(f"none of {', '.join(_RUNTIMES)} can be loaded: {advice(describe())}")

@@ -18,8 +18,8 @@ class GraphPool:
     """
 
     def __init__(self, bundle: Bundle, threads: int, limit_bytes: int | None = None, provider: Provider = CPU) -> None:
+        self.provider = provider
         self.place = provider.place
-        self._provider = provider
         self.loads = 0
         self._bundle = bundle
         self._threads = threads
@@ -46,7 +46,7 @@ class GraphPool:
     def _load(self, spec: GraphSpec, training: bool) -> None:
         try:
             model = self._bundle.read(spec.file)
-            self._graphs[spec.key] = Graph(spec, model, self._threads, provider=self._provider, training=training)
+            self._graphs[spec.key] = Graph(spec, model, self._threads, provider=self.provider, training=training)
         except BaseException:
             self._recency.forget(spec.key)
             raise

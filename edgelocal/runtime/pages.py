@@ -1,14 +1,16 @@
-"""The state of blocks that wait their turn, on disk: one file a block, rewritten in place.
+"""The state of blocks that wait their turn: on disk, one file a block, rewritten in place; or, where blocks work on a
+device with memory of its own, in the host's.
 
-Not durable and not meant to be: after a crash a run goes on from its checkpoint. Bytes are counted, because flash
-memory wears.
+Not durable and not meant to be: after a crash a run goes on from its checkpoint. Bytes on disk are counted, because
+flash memory wears.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -31,6 +33,43 @@ def clear_pages(folder: Path) -> None:
             path.unlink(missing_ok=True)
         if not folder.is_symlink():  # one to another medium is the user's
             folder.rmdir()  # refused if anything is in it
+
+
+class Page(Protocol):
+    """Where a block's state waits. `moved_bytes` went to the disk or came from it so far."""
+
+    moved_bytes: int
+
+    def write(self, tensors: Mapping[str, Array]) -> None:
+        """Keep these values in place of those before."""
+
+    def read(self) -> Mapping[str, Array]:
+        """All tensors; not to be kept beyond the next `write`."""
+
+    def remove(self) -> None:
+        """Give up the place."""
+
+
+class HostPage:
+    """The tensors of `specs` in the host's memory, which `allocate` gives: CUDA copies faster to and from such that it
+    has pinned."""
+
+    def __init__(self, specs: tuple[TensorSpec, ...], allocate: Callable[[tuple[int, ...], str], Array]) -> None:
+        self.moved_bytes = 0
+        self._arrays = {spec.name: allocate(spec.resolve(1), spec.dtype) for spec in specs}
+
+    def write(self, tensors: Mapping[str, Array]) -> None:
+        """Keep these values in place of those before."""
+        for name, array in self._arrays.items():
+            array[...] = tensors[name]
+
+    def read(self) -> Mapping[str, Array]:
+        """All tensors, as they lie there."""
+        return self._arrays
+
+    def remove(self) -> None:
+        """Forget them."""
+        self._arrays = {}
 
 
 class PageFile:

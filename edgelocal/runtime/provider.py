@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from edgelocal.bundle.spec import BATCH
 from edgelocal.errors import RuntimeMissingError
-from edgelocal.runtime.arena import session_options
+from edgelocal.runtime.arena import releasing, session_options
 from edgelocal.runtime.library import CPU_PROVIDER, runtime
-from edgelocal.runtime.tensor import HOST, Place
+from edgelocal.runtime.tensor import HOST, Place, Tensor
+from edgelocal.runtime.tiny import tiny_model
 
 # Of the runtime's passes over a graph, all but the folding of constants: they reorder, fuse, and undo recomputation.
 _OTHER_PASSES = (
@@ -30,7 +33,9 @@ class Provider:
 
     `arena` names its arena in run options. With `fixed_batch` every session is for one size of the batch, and what only
     depends on sizes is computed when it is loaded: a graph that asks for the shape of a tensor does so on the CPU, and
-    the runtime would bring other nodes there with it. `may_fall_back`: whether nodes may run on the CPU.
+    the runtime would bring other nodes there with it. `may_fall_back`: whether nodes may run on the CPU; `strays`
+    counts those that do, by operator, as far as the runtime says (`tells`). `one_arena`: whether tensors that are made
+    outside of a run come from the arena that runs use.
     """
 
     name: str = CPU_PROVIDER
@@ -39,12 +44,19 @@ class Provider:
     arena: str = "cpu:0"
     fixed_batch: bool = False
     may_fall_back: bool = True
+    one_arena: bool = True
+    strays: Counter[str] = field(default_factory=Counter, compare=False)
+
+    @property
+    def tells(self) -> bool:
+        """Whether the runtime says which provider a node was given; from 1.24.1 on it does."""
+        return hasattr(runtime().InferenceSession, "get_provider_graph_assignment_info")
 
     def session(self, model: bytes, threads: int, batch: int | None) -> Any:
         """A session of the runtime, for this batch where it is fixed.
 
         Raises:
-            RuntimeMissingError: nodes would run on the CPU, and may not.
+            RuntimeMissingError: nodes would run on the CPU, and may not; or the runtime left the provider out.
             Exception: whatever the runtime raises.
         """
         ort = runtime()
@@ -55,9 +67,8 @@ class Provider:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
             disabled = list(_OTHER_PASSES)
         elsewhere = self.name != CPU_PROVIDER
-        recorded = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
-        if elsewhere:
-            options.add_session_config_entry(*((_RECORD, "1") if recorded or self.may_fall_back else (_REFUSE, "1")))
+        if elsewhere and (self.tells or not self.may_fall_back):
+            options.add_session_config_entry(_RECORD if self.tells else _REFUSE, "1")
         # No fallback: it prints to stdout and tries the same once more.
         session = ort.InferenceSession(
             model,
@@ -66,9 +77,31 @@ class Provider:
             disabled_optimizers=disabled,
             enable_fallback=0,
         )
-        if elsewhere and recorded and not self.may_fall_back:
-            refuse_strays(stray_nodes(session, self.name), self.name)
+        if elsewhere:
+            self._check(session)
         return session
+
+    def give_back(self) -> None:
+        """Free what the arena holds and no tensor uses, by way of a run that needs next to nothing of it."""
+        session = self.session(tiny_model([("Exp", ("x",), "y")], {"x": (1,)}, ("y", (1,))), 1, None)
+        binding = session.io_binding()
+        x, y = (Tensor(np.zeros(1, np.float32)) for _ in range(2))
+        x.bind_input(binding, "x")
+        y.bind_output(binding, "y")
+        session.run_with_iobinding(binding, releasing(self.arena))
+
+    def _check(self, session: Any) -> None:
+        """That the session is one of this provider, and its nodes are."""
+        if self.name not in session.get_providers():
+            raise RuntimeMissingError(
+                f"the runtime left {self.name} out of a session and would go on with the CPU: `edgelocal doctor` says "
+                "what is missing; or train with --device cpu"
+            )
+        if self.tells:
+            found = stray_nodes(session, self.name)
+            if not self.may_fall_back:
+                refuse_strays(found, self.name)
+            self.strays.update(found)
 
 
 CPU = Provider()

@@ -16,6 +16,7 @@ from edgelocal.runtime.library import translated
 from edgelocal.runtime.provider import CPU, Provider
 from edgelocal.runtime.tensor import Tensor
 
+MOST_SESSIONS = 2  # of a graph, where each is for one size of the batch: the batch, and what is left at an epoch's end
 TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
 
 
@@ -80,6 +81,8 @@ class Graph:
             except Exception as error:
                 raise translated(error, f"{self.spec.file} cannot be loaded") from error
             self._check_signature(session, batch)
+            if len(self._sessions) == MOST_SESSIONS:
+                del self._sessions[next(iter(self._sessions))]
             self._sessions[batch] = session
         return self._sessions[batch]
 

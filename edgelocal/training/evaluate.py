@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from edgelocal.bundle.spec import Manifest
-from edgelocal.data.formats.base import Dataset
+from edgelocal.data.formats.base import Dataset, Indices
 from edgelocal.data.pipeline import batches, prepare
 from edgelocal.runtime.block import Block
+from edgelocal.runtime.tensor import Tensor
+from edgelocal.training.feed import Feed
 from edgelocal.training.scores import Score, score
 
 
@@ -28,14 +30,19 @@ def evaluate(
     end it early.
     """
     scores = [Score() for _ in blocks]
-    for indices in batches(len(data), batch, 0, 0, shuffle=False):
+    place = blocks[0].place
+
+    def sample(indices: Indices) -> Tensor:
         images = data.read(indices)
-        h = blocks[0].place.of(prepare(images, indices, input=manifest.input, augment=None, seed=0, epoch=0))
-        y = np.asarray(data.labels[indices])
-        for number, block in enumerate(blocks):
-            h = block.forward(h)
-            if exits or number == len(blocks) - 1:
-                loss, right = score(block.head(h).array(), y, manifest.task)
-                scores[number].add(len(indices), loss, right)
-        after_batch()
+        return place.of(prepare(images, indices, input=manifest.input, augment=None, seed=0, epoch=0))
+
+    with Feed(batches(len(data), batch, 0, 0, shuffle=False), sample, ahead=place.device is not None) as feed:
+        for indices in feed:
+            h, y = feed.take(), np.asarray(data.labels[indices])
+            for number, block in enumerate(blocks):
+                h = block.forward(h)
+                if exits or number == len(blocks) - 1:
+                    loss, right = score(block.head(h).array(), y, manifest.task)
+                    scores[number].add(len(indices), loss, right)
+            after_batch()
     return [s.result(manifest.task) for s in (scores if exits else scores[-1:])]

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from typing import Any
 from edgelocal.bundle.folder import Bundle, open_bundle
 from edgelocal.bundle.spec import BlockSpec
 from edgelocal.errors import CheckpointError, DivergedError, UsageError
-from edgelocal.memory.plan import Plan
+from edgelocal.memory.planned import Plan
 from edgelocal.runtime.block import Block
 from edgelocal.runtime.graphs import GraphPool
+from edgelocal.runtime.pages import PREFIX, HostPage, Page, PageFile
+from edgelocal.runtime.provider import CPU, Provider
 from edgelocal.storage.disk import is_there, read_regular, reason
 from edgelocal.storage.state import encode_state
 from edgelocal.storage.store import CheckpointStore, Loaded
@@ -38,6 +40,8 @@ METRICS = "metrics.jsonl"
 REPORT = "report.json"
 MAX_REPORT_BYTES = 1 << 26
 
+Allocator = Callable[[tuple[int, ...], str], Array]  # shape and dtype -> memory of the host
+
 
 def load_blocks(
     bundle: Bundle,
@@ -47,25 +51,35 @@ def load_blocks(
     page_folder: Path | None = None,
     *,
     artifacts: bool = False,
+    provider: Provider = CPU,
+    waiting: Allocator | None = None,
 ) -> list[Block]:
     """The blocks of a bundle with their initial state, or with that of a checkpoint.
 
-    What the plan does not keep in memory waits in `page_folder`. Tensors that are read when asked for are asked for
-    one at a time, and none is kept but in its block. With `artifacts` they train by ONNX Runtime's own.
+    What the plan does not keep in memory waits in `page_folder`, or in memory of the host that `waiting` gives. Tensors
+    that are read when asked for are asked for one at a time, and none is kept but in its block. With `artifacts` they
+    train by ONNX Runtime's own, else by graphs that `provider` runs.
 
     Raises:
         CheckpointError: the tensors are not the state of these blocks.
     """
     if tensors is not None:
         check_tensors(tensors, bundle.manifest)
-    graphs = GraphPool(bundle, threads, plan.graphs_bytes if plan else None)
+    graphs = GraphPool(bundle, threads, plan.graphs_bytes if plan else None, provider)
     blocks = []
     for index, spec in enumerate(bundle.manifest.blocks):
         state = None if tensors is None else _BlockState(spec, tensors)
         paged = plan is not None and not plan.blocks[index].resident
-        page = page_folder if paged else None
+        page = _page(spec, plan, page_folder, waiting) if paged else None
         blocks.append(Block(bundle, index, graphs, state, page, artifacts=artifacts))
     return blocks
+
+
+def _page(spec: BlockSpec, plan: Plan | None, folder: Path | None, waiting: Allocator | None) -> Page | None:
+    """Where the state of a block waits that does not stay with the others."""
+    if waiting is not None and plan is not None and plan.device is not None and plan.device.paging == "host":
+        return HostPage(spec.state(), waiting)
+    return None if folder is None else PageFile(folder / f"{PREFIX}{spec.name}", spec.state())
 
 
 class _BlockState(Mapping[str, Array]):
@@ -98,8 +112,8 @@ class Trained:
     notes: tuple[str, ...]
 
 
-def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None) -> Trained:
-    """The run in `folder`. `bundle_folder` if the bundle was moved.
+def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None, provider: Provider = CPU) -> Trained:
+    """The run in `folder`. `bundle_folder` if the bundle was moved; `provider` runs its graphs.
 
     Raises:
         CheckpointError: no run, no checkpoint, or the bundle is not the one it was trained from.
@@ -121,7 +135,8 @@ def open_trained(folder: Path, threads: int, bundle_folder: Path | None = None) 
         progress = read_progress(loaded.state)
         check_progress(progress, bundle.manifest, info.config)
         notes = _unfinished(info.config, progress.position, len(bundle.manifest.blocks))
-        return Trained(info, bundle, load_blocks(bundle, threads, loaded.state.tensors), notes)
+        blocks = load_blocks(bundle, threads, loaded.state.tensors, provider=provider)
+        return Trained(info, bundle, blocks, notes)
 
 
 def _unfinished(config: TrainConfig, position: Position, blocks: int) -> tuple[str, ...]:

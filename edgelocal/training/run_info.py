@@ -12,7 +12,6 @@ from edgelocal import __version__
 from edgelocal.bundle.folder import Bundle
 from edgelocal.data.formats.base import Dataset
 from edgelocal.errors import CheckpointError
-from edgelocal.runtime.library import runtime_info
 from edgelocal.storage.decode import decode, expect, unique
 from edgelocal.storage.disk import read_regular, reason
 from edgelocal.training.config import PORTABLE, TRAINING_SCHEDULES, TrainConfig
@@ -59,7 +58,7 @@ def describe_run(
     data_path: Path,
     config: TrainConfig,
     budget: int | None,
-    micro_batches: tuple[int, ...] | None,
+    runtime: dict[str, str],
     threads: int,
 ) -> RunInfo:
     """The description of a new run."""
@@ -70,8 +69,7 @@ def describe_run(
         data_digest=data_digest(data),
         config=config,
         budget_bytes=budget,
-        runtime=runtime_info().as_dict(),
-        micro_batches=micro_batches,
+        runtime=runtime,
         threads=threads,
     )
 

@@ -21,12 +21,14 @@ from edgelocal.data.formats.base import Dataset, Indices
 from edgelocal.data.pipeline import batches, prepare
 from edgelocal.errors import DataError, InterruptedRunError, OverBudgetError
 from edgelocal.machine.budget import PeakMeter, format_size, peak_rss_bytes
-from edgelocal.memory.plan import Plan
+from edgelocal.memory.planned import Plan
+from edgelocal.runtime.accelerator import Accelerator
 from edgelocal.runtime.block import Block
 from edgelocal.runtime.tensor import Tensor
 from edgelocal.training.cache import OutputCache
 from edgelocal.training.config import TrainConfig
 from edgelocal.training.evaluate import evaluate
+from edgelocal.training.feed import Feed
 from edgelocal.training.measures import BETWEEN, BlockMeasures, Timeline, is_measured, is_slowed, releases
 from edgelocal.training.schedule import learning_rate
 from edgelocal.training.scores import Score
@@ -92,6 +94,7 @@ class Trainer:
         plan: Plan | None = None,
         position: Position | None = None,
         cache_folder: Path | None = None,
+        device: Accelerator | None = None,
     ) -> None:
         self.manifest = manifest
         self.config = config
@@ -106,6 +109,9 @@ class Trainer:
         self.process_peak_bytes = 0  # of the run, as far as it is known
         self.micro_batch_bound: int | None = None  # set where memory ran out
         self.cached_bytes = 0
+        self.device = device
+        self.device_peak_bytes = 0
+        self._device_bytes = 0  # at the last look
         self.timeline = Timeline()
         self._step_peak = 0  # of the last step, from where on the system's meter was not set back
         self._rounds = 0
@@ -161,15 +167,20 @@ class Trainer:
         self.check_budget()
         for epoch in range(self.position.epoch, self.config.epochs):
             started = time.perf_counter()
-            for indices in self._order(number, epoch):
-                self._step(stage, epoch, indices)
-                watcher.step(self)
-                self.check_budget()
-                self.stop_point(watcher)
+            self._run_epoch(stage, number, epoch, watcher)
             watcher.epoch(self, self._finish_epoch(stage, epoch, time.perf_counter() - started, watcher))
             self.check_budget()
         for index in stage.trained:
             self.blocks[index].release()
+
+    def _run_epoch(self, stage: Stage, number: int, epoch: int, watcher: Watcher) -> None:
+        make = partial(self._sample, epoch)
+        with Feed(self._order(number, epoch), make, ahead=self.device is not None) as feed:
+            for indices in feed:
+                self._step(stage, epoch, *feed.take(), len(indices))
+                watcher.step(self)
+                self.check_budget()
+                self.stop_point(watcher)
 
     def stop_point(self, watcher: Watcher) -> None:
         """Commit and raise InterruptedRunError, if the watcher asks to stop."""
@@ -188,15 +199,18 @@ class Trainer:
     def _data_epoch(self, stage: int, epoch: int) -> int:
         return stage * self.config.epochs + epoch
 
-    def _step(self, stage: Stage, epoch: int, indices: Indices) -> None:
-        if self._cache is not None:
-            x = self._cache.read(indices)
-        else:
-            x = self._through(stage.frozen, self._input(indices, epoch))
-        y = self.blocks[0].place.of(self.train.labels[indices])
+    def _sample(self, epoch: int, indices: Indices) -> tuple[Tensor, Tensor]:
+        """What goes into the blocks that work: samples, or cached outputs of the frozen ones, and labels."""
+        x = self._input(indices, epoch) if self._cache is None else self._cache.read(indices)
+        return x, self.blocks[0].place.of(self.train.labels[indices])
+
+    def _step(self, stage: Stage, epoch: int, x: Tensor, y: Tensor, samples: int) -> None:
+        if self._cache is None:
+            x = self._through(stage.frozen, x)
         hyper = {"lr": self._rate(epoch), **self.config.all_hyper(self.manifest)}
         for index in stage.trained:
-            x = self._train_block(index, x, y, hyper, len(indices))
+            x = self._train_block(index, x, y, hyper, samples)
+        self._read_device()
         self.position.batch += 1
         self.position.steps += 1
         self._rounds += 1
@@ -209,17 +223,17 @@ class Trainer:
         measures = self.measures[index]
         own = self.plan.blocks[index] if self.plan else None
         micro = own.micro_batch if own and own.accumulation > 1 else None
-        release = releases(self._rounds)
+        release = self._releases
         started = time.perf_counter()
         self._note_peak()  # the meter sets the peak back
         with PeakMeter() as meter:
             result = self.blocks[index].step(x, y, hyper, self.config.seed, self.position.steps, micro, release=release)
         measures.add_time(time.perf_counter() - started, slowed=is_slowed(self._rounds))
-        if is_measured(self._rounds):
+        if is_measured(self._rounds) and self.device is None:  # on a device only the whole can be seen
             arena = max(0, meter.growth_bytes - result.written_bytes) if self._only_arena_grows(index) else None
             measures.add_memory(self._rounds, meter.peak_bytes, arena)
-        self._step_peak = meter.peak_bytes
-        self.timeline.add(meter.peak_bytes, index)
+        self._step_peak = meter.peak_bytes + self._device_bytes
+        self.timeline.add(self._step_peak, index)
         measures.score.add(samples, result.loss, result.metric)
         return result.h
 
@@ -246,8 +260,19 @@ class Trainer:
 
     def _through(self, frozen: range, x: Tensor) -> Tensor:
         for index in frozen:
-            x = self.blocks[index].forward(x, release=releases(self._rounds))
+            x = self.blocks[index].forward(x, release=self._releases)
         return x
+
+    @property
+    def _releases(self) -> bool:
+        """Whether runs give the arena back. On a device nothing would be seen by it: the region stays."""
+        return self.device is None and releases(self._rounds)
+
+    def _read_device(self) -> None:
+        """Take what the process holds on the device into its peak; what its arena took it keeps."""
+        if self.device is not None:
+            self._device_bytes = self.device.meter.used_bytes()
+            self.device_peak_bytes = max(self.device_peak_bytes, self._device_bytes)
 
     def _fill_cache(self, stage: Stage, watcher: Watcher) -> None:
         """Bring the cache, if the run keeps one, to the outputs of the stage's frozen blocks."""
@@ -297,7 +322,7 @@ class Trainer:
         return found
 
     def _note_peak(self) -> None:
-        peak = peak_rss_bytes()
+        peak = peak_rss_bytes() + self._device_bytes
         self._own_peak_bytes = max(self._own_peak_bytes, peak)
         self.process_peak_bytes = max(self.process_peak_bytes, peak)
         if peak > self._step_peak:  # what came after the step took more than it
@@ -305,7 +330,8 @@ class Trainer:
             self._step_peak = peak
 
     def check_budget(self) -> None:
-        """Take what the process held since the last look into its peak, and compare it with the budget.
+        """Take what the process held since the last look, on host and device, into its peak, and compare it with the
+        budget.
 
         A peak from before this trainer, of larger micro-batches or under another budget, is only reported.
 

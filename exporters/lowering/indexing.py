@@ -30,7 +30,7 @@ def embedding_backward(
     width = fixed(grad.shape[-1])
     columns = b.op("Transpose", b.op("Reshape", grad.name, b.ints([-1, width])), perm=[1, 0])
     places = b.op("Reshape", indices.name, b.ints([-1]))
-    zeros = b.op("Expand", b.scalar(0.0, grad.dtype), b.ints([width, count]))
+    zeros = b.filled(0.0, [width, count], grad.dtype)
     if padding >= 0:
         real = b.op("Not", b.op("Equal", places, b.scalar(padding, torch.int64)))
         columns = b.op("Mul", columns, b.cast(real, torch.bool, grad.dtype))
@@ -60,7 +60,7 @@ def _scatter_add(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Valu
 @lowers(aten.scatter.src, aten.scatter.value)
 def _scatter(b: GraphBuilder, node: fx.Node, x: Value, dim: int, index: Value, source: Value | Scalar) -> str:
     if not isinstance(source, Value):
-        values = b.op("Expand", b.scalar(source, x.dtype), b.shape(index.shape))
+        values = b.filled(source, index.shape, x.dtype)
     else:
         values = source.name
         if source.shape != index.shape:  # only the part that the index covers is written
@@ -205,4 +205,4 @@ def _bernoulli(b: GraphBuilder, node: fx.Node, x: Value, p: float = 0.5, *, gene
 def _empty(b: GraphBuilder, node: fx.Node, *args: Any, **kwargs: Any) -> str:
     # What is in an empty tensor is never read; the random fill that follows only takes its shape.
     fake = node.meta["val"]
-    return b.op("Expand", b.scalar(0, fake.dtype), b.shape(tuple(fake.shape)))
+    return b.filled(0, tuple(fake.shape), fake.dtype)

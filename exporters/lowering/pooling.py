@@ -87,7 +87,7 @@ def _adaptive_windows(size: int, out: int) -> np.ndarray[Any, np.dtype[np.int64]
 def _to_maxima(b: GraphBuilder, grad: Value, indices: Value, shape: Sequence[Dim]) -> str:
     """Add each gradient to the place its maximum came from, on the flat batch."""
     flat = b.ints([-1])
-    zeros = b.op("Expand", b.scalar(0.0, grad.dtype), b.shape([math.prod(shape)]))
+    zeros = b.filled(0.0, [math.prod(shape)], grad.dtype)
     places = b.op("Reshape", indices.name, flat)
     total = b.op("ScatterElements", zeros, places, b.op("Reshape", grad.name, flat), axis=0, reduction="add")
     return b.reshape(total, shape)

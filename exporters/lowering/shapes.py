@@ -246,8 +246,8 @@ def _scalar_tensor(b: GraphBuilder, node: fx.Node, value: Scalar, **kwargs: Any)
 
 
 def _filled(b: GraphBuilder, node: fx.Node, value: Scalar) -> str:
-    scalar = b.scalar(value, result_dtype(node))
-    return scalar if not _shape(node) else b.op("Expand", scalar, b.shape(_shape(node)))
+    dtype = result_dtype(node)
+    return b.filled(value, _shape(node), dtype) if _shape(node) else b.scalar(value, dtype)
 
 
 @lowers(aten.arange.default, aten.arange.start, aten.arange.start_step, torch.ops.prims.iota.default)

@@ -117,6 +117,8 @@ def _before(graph: Graph, op: Op, axis: int) -> tuple[str, int] | None:
             return op.inputs[0], axis
         case "Slice" if len(op.inputs) == 4 and axis not in ints.get(op.inputs[3], (axis,)):
             return op.inputs[0], axis
+        case "Cast" if TensorProto.BFLOAT16 in (attributes["to"], graph.types[op.inputs[0]].dtype):
+            return op.inputs[0], axis
         case "Pad" if _untouched(ints.get(op.inputs[1]), axis):
             return op.inputs[0], axis
         case "Transpose":

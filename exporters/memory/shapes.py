@@ -57,12 +57,12 @@ def value_types(model: onnx.ModelProto) -> dict[str, Typed]:
     Raises:
         ExportError: a shape cannot be known before the graph runs.
     """
-    first, second = (_shapes_at(model, batch) for batch in PROBES)
+    first, second = (at_batch(model, batch)[1] for batch in PROBES)
     return {name: _typed(name, dtype, shape, second[name][1]) for name, (dtype, shape) in first.items()}
 
 
 def _typed(name: str, dtype: int, small: tuple[int, ...], large: tuple[int, ...]) -> Typed:
-    width = helper.tensor_dtype_to_np_dtype(dtype).itemsize
+    width = element_bytes(dtype)
     counts = math.prod(small) * width, math.prod(large) * width
     per_sample, rest = divmod(counts[1] - counts[0], PROBES[1] - PROBES[0])
     if rest or len(small) != len(large):
@@ -71,6 +71,11 @@ def _typed(name: str, dtype: int, small: tuple[int, ...], large: tuple[int, ...]
         )
     dims = tuple(_dim(a, b) for a, b in zip(small, large, strict=True))
     return Typed(dtype, dims, Size(counts[0] - per_sample * PROBES[0], per_sample))
+
+
+def element_bytes(dtype: int) -> int:
+    """Bytes of an element; of bfloat16 2, which releases of ONNX without a NumPy type for it take for float32."""
+    return 2 if dtype == onnx.TensorProto.BFLOAT16 else int(helper.tensor_dtype_to_np_dtype(dtype).itemsize)
 
 
 def _dim(small: int, large: int) -> int | str:
@@ -86,8 +91,13 @@ def _dim(small: int, large: int) -> int | str:
 Found = dict[str, tuple[int, tuple[int, ...]]]
 
 
-def _shapes_at(model: onnx.ModelProto, batch: int) -> Found:
-    """Element type and shape of every value for one batch."""
+def at_batch(model: onnx.ModelProto, batch: int) -> tuple[onnx.ModelProto, Found]:
+    """The model for one batch, in which small values that follow from sizes and constants are constants, and element
+    type and shape of every value.
+
+    Raises:
+        ExportError: a shape cannot be known before the graph runs.
+    """
     sized = onnx.ModelProto()
     sized.CopyFrom(model)
     graph = sized.graph
@@ -104,7 +114,7 @@ def _shapes_at(model: onnx.ModelProto, batch: int) -> Found:
     missing = [o for node in model.graph.node for o in node.output if o and o not in found]
     if missing:
         raise ExportError(f"the shape of {missing[0]} cannot be known before the graph runs; please report this")
-    return found
+    return sized, found
 
 
 def _infer(model: onnx.ModelProto) -> Found:

@@ -22,9 +22,9 @@ from edgelocal.bundle.spec import (
 )
 from edgelocal.commands.plan import PlanRequest, assumed_work
 from edgelocal.exporters.memory.optimise import optimise
-from edgelocal.exporters.onnx_step import step_graph
 from edgelocal.exporters.request import ExportRequest
 from edgelocal.exporters.rules import LocalBlock
+from edgelocal.exporters.target_graphs import training_graph
 from edgelocal.machine.profiles import ASSUMED_SAMPLES, PROFILES, idle_process_bytes
 from edgelocal.memory.needs import PipelineBytes, block_needs
 from edgelocal.memory.peaks import Workload, has_convolutions
@@ -36,7 +36,7 @@ THREADS = max(profile.cores for profile in PROFILES)  # of the device; a loaded 
 def trial_block(block: LocalBlock, request: ExportRequest, shape: tuple[int, ...], dtype: torch.dtype) -> BlockSpec:
     """The block with its step graph alone, which stands in for the others: none of them needs more. Of its MACs only
     `recomputed` is filled in."""
-    exported = step_graph(block, request.task, request.optimizer, shape, dtype)
+    exported = training_graph("step", block, request, shape, dtype, request.targets[0])
     lean = optimise(exported, request.defaults.batch)
     step = GraphSpec(
         f"blocks/{block.name}/step.onnx",

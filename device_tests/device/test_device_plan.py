@@ -1,0 +1,106 @@
+"""Plans for a device: what lies where, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from device_tests.device.invented import Invented, manifest
+from device_tests.device.test_plan import DATA, IDLE, SETTING
+from edgelocal.bundle.spec import Manifest, graph_bytes
+from edgelocal.errors import BudgetError
+from edgelocal.memory.needs import block_needs
+from edgelocal.memory.peaks import RUNTIME_BYTES, DeviceNeeds, Workload
+from edgelocal.memory.plan import make_plan
+from edgelocal.memory.planned import Plan
+
+NETWORK = manifest(Invented(), Invented(weight=5000, buffer=0, width_in=8, per_sample=3000))
+DEVICE = DeviceNeeds(context=IDLE // 2, most=None, workspace=7000, shared=False)
+
+
+def plan(budget: int | None = None, network: Manifest = NETWORK, **changes: Any) -> Plan:
+    return make_plan(Workload.of(network, device=replace(DEVICE, **changes), **SETTING), budget)
+
+
+def states() -> list[int]:
+    return [block_needs(block).state_bytes for block in NETWORK.blocks]
+
+
+def test_tensors_are_on_the_device_graphs_and_data_on_the_host() -> None:
+    found = plan()
+    assert found.device is not None
+    needs = [block_needs(block) for block in NETWORK.blocks]
+    touched = max(n.whole.arena(16).touched for n in needs)
+    working = max(sum(n.whole.written.values()) + n.input.at(16) + n.output.at(16) for n in needs)
+    ahead = needs[0].source.at(16)  # the next batch
+    assert found.device.tensors == touched + sum(states()) + working + ahead
+    assert found.device.peak == DEVICE.context + DEVICE.workspace + found.device.tensors
+    graphs = sum(graph_bytes(block.step) for block in NETWORK.blocks)
+    host = IDLE - DEVICE.context + RUNTIME_BYTES + graphs + DATA.total
+    assert found.peak_bytes == host + found.device.peak
+    assert found.region_bytes == 0  # the host's arena is for nothing but start-up
+    assert found.device.limit is None
+    assert found.blocks[1].predicted["workspace"] >= DEVICE.workspace
+
+
+def test_the_arena_s_limit_is_what_the_budget_or_the_device_leaves() -> None:
+    free = plan()
+    assert free.device is not None
+    arena = free.device.peak - DEVICE.context
+    bounded, small = plan(free.peak_bytes + 300), plan(free.peak_bytes + 300, most=free.device.peak + 200)
+    assert bounded.device is not None
+    assert bounded.device.limit == arena + 300
+    assert small.device is not None
+    assert small.device.limit == arena + 200
+
+
+def test_states_go_from_a_small_device_to_the_host_and_with_a_small_budget_to_the_disk() -> None:
+    free = plan()
+    assert free.device is not None
+    smaller = plan(most=free.device.peak - 1)
+    assert smaller.device is not None
+    gone = sum(state for state, block in zip(states(), smaller.blocks, strict=True) if not block.resident)
+    assert gone > 0
+    assert smaller.device.paging == "host"
+    assert smaller.device.peak < free.device.peak
+    assert smaller.peak_bytes == free.peak_bytes - free.device.peak + smaller.device.peak + gone
+    exact = plan(smaller.peak_bytes, most=free.device.peak - 1)
+    assert exact.device is not None
+    assert exact.device.paging == "host"
+    assert exact.graphs_bytes is None  # to drop graphs would make no room on the device
+    less = plan(smaller.peak_bytes - 1, most=free.device.peak - 1)
+    assert less.device is not None
+    assert less.device.paging == "disk"
+    assert less.peak_bytes == smaller.peak_bytes - gone
+
+
+def test_one_pool_has_no_host_to_wait_on() -> None:
+    free = plan(shared=True)
+    paged = plan(free.peak_bytes - graph_bytes(NETWORK.blocks[0].step) - 1000, shared=True)
+    assert paged.device is not None
+    assert not all(block.resident for block in paged.blocks)
+    assert paged.device.paging == "disk"
+
+
+def test_micro_batches_where_the_device_is_too_small_for_the_batch() -> None:
+    free = plan()
+    assert free.device is not None
+    small = plan(most=free.device.peak - sum(states()) - 20_000)
+    assert small.device is not None
+    assert any(block.accumulation > 1 for block in small.blocks)
+    assert small.device.peak <= free.device.peak - sum(states()) - 20_000
+
+
+def test_a_device_too_small_for_one_sample_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"the device has .* for this process, and at the least it would hold"):
+        plan(most=DEVICE.context + DEVICE.workspace + 10)
+
+
+def test_as_plain_values() -> None:
+    found = plan(10_000_000)
+    assert found.device is not None
+    values = found.as_dict()["device"]
+    assert values["peak_bytes"] == sum(values[f"{part}_bytes"] for part in ("context", "tensors", "workspace"))
+    assert values["limit_bytes"] == found.device.limit
