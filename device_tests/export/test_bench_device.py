@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from edgelocal.bundle.spec import RuleSpec, TaskSpec
 from edgelocal.errors import UsageError
 from edgelocal.exporters.bench import own_side
 from edgelocal.exporters.bench.meters import CudaMeter, Peak
-from edgelocal.exporters.bench.own_side import device_options
+from edgelocal.exporters.bench.own_side import device_options, export_request
 from edgelocal.exporters.bench.result import Setting
 from edgelocal.exporters.bench.torch_steps import LR, Mode, local_step
 from edgelocal.exporters.optimizers import sgd
@@ -133,8 +134,14 @@ def test_what_the_command_is_told() -> None:
     assert device_options(Setting("resnet8")) == []
     assert device_options(GPU) == ["--device", "cuda"]
     assert device_options(Setting("resnet8", device="cuda", precision="tf32")) == ["--device", "cuda", "--tf32"]
-    with pytest.raises(UsageError, match="no convolution in bfloat16"):
-        device_options(Setting("resnet8", device="cuda", precision="bf16"))
+    assert device_options(Setting("resnet8", device="cuda", precision="bf16")) == ["--device", "cuda"]
+
+
+def test_bundles_are_exported_for_the_device() -> None:
+    assert export_request(Setting("resnet8"), rule="bp").targets == ("cpu",)
+    assert export_request(GPU, rule="bp").targets == ("cuda",)
+    assert export_request(replace(GPU, precision="tf32"), rule="bp").precision == "float32"
+    assert export_request(replace(GPU, precision="bf16"), rule="bp").precision == "bfloat16"
 
 
 def test_a_mode_is_checked() -> None:

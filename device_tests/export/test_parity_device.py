@@ -12,7 +12,7 @@ import parity
 import pytest
 from on_device import golden_error, make_provider
 from parity import Case, Row, measure, measure_kept
-from parity_training import Errors
+from parity_training import Errors, Export
 
 from edgelocal.errors import RuntimeMissingError
 from edgelocal.runtime.cuda import NAME
@@ -42,13 +42,13 @@ def test_rows_are_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pytes
     asked: list[Case] = []
     errors = Errors(1e-7, 2e-6, 3e-5, 4e-4, 5e-3)
 
-    def fake(case: Case, steps: int, provider: Provider) -> Row:
+    def fake(case: Case, steps: int, provider: Provider, export: Export) -> Row:
         asked.append(case)
         return Row(case, steps, errors, replace(errors, loss=6e-8), 2.0)
 
     monkeypatch.setattr(parity, "measure", fake)
     file = tmp_path / "result.json"
-    given = argparse.Namespace(device="cpu", tf32=False, result=file, steps=20, minutes=0)
+    given = argparse.Namespace(device="cpu", tf32=False, bf16=False, result=file, steps=20, minutes=0)
     first = measure_kept(CASES[:1], given)
     assert measure_kept(CASES, given) == [*first, replace(first[0], case=CASES[1])]
     assert asked == CASES
@@ -62,12 +62,12 @@ def test_rows_are_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pytes
 def test_without_a_result_every_row_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def fake(case: Case, steps: int, provider: Provider) -> Row:
+    def fake(case: Case, steps: int, provider: Provider, export: Export) -> Row:
         asked.append(case.blocks)
         return Row(case, steps, Errors(0, 0, 0, 0, 0), Errors(0, 0, 0, 0, 0), 0)
 
     monkeypatch.setattr(parity, "measure", fake)
-    given = argparse.Namespace(device="cpu", tf32=False, result=None, steps=20, minutes=0)
+    given = argparse.Namespace(device="cpu", tf32=False, bf16=False, result=None, steps=20, minutes=0)
     measure_kept(CASES, given)
     measure_kept(CASES, given)
     assert asked == [1, 3, 1, 3]
