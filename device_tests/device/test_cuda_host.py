@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgelocal.errors import OverBudgetError, RuntimeMissingError
-from edgelocal.runtime.cuda_host import cuda_runtime, gpu_name, is_integrated, pinned
+from edgelocal.errors import OverBudgetError
+from edgelocal.runtime.cuda_host import gpu_name, pinned
 
 
 class Cuda:
     """Both libraries: host memory is numpy's, and the GPU has a name."""
 
-    def __init__(self, code: int = 0, integrated: int = 0) -> None:
-        self.code, self.integrated = code, integrated
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
         self.taken: dict[int, np.ndarray] = {}
         self.freed: list[int] = []
 
@@ -31,11 +31,6 @@ class Cuda:
     def cudaFreeHost(self, address: ctypes.c_void_p) -> int:  # noqa: N802
         self.freed.append(address.value or 0)
         return 0
-
-    def cudaDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:  # noqa: N802
-        assert (attribute, device) == (18, 0)
-        ctypes.cast(value, ctypes.POINTER(ctypes.c_int))[0] = self.integrated
-        return self.code
 
     def cuInit(self, flags: int) -> int:  # noqa: N802
         return self.code
@@ -79,21 +74,7 @@ def test_no_pinned_memory_is_an_error_that_says_what_to_do() -> None:
         pinned((3, 4), "float32", loading(Cuda(code=2)))
 
 
-def test_whether_the_gpu_works_in_the_host_s_memory() -> None:
-    assert is_integrated(loading(Cuda(integrated=1)))
-    assert not is_integrated(loading(Cuda()))
-    with pytest.raises(RuntimeMissingError, match=r"CUDA finds no GPU \(error 100\)"):
-        is_integrated(loading(Cuda(code=100)))
-
-
 def test_the_gpu_s_name_or_none() -> None:
     assert gpu_name(loading(Cuda())) == "NVIDIA Test 1000"
     assert gpu_name(loading(Cuda(code=1))) == "CUDA device 0"
     assert gpu_name(loading(Cuda(), "libcuda.so.1")) == "CUDA device 0"
-
-
-def test_the_newest_runtime_is_taken() -> None:
-    twelve = Cuda()
-    assert cuda_runtime(loading(twelve, "libcudart.so.13")) is twelve
-    with pytest.raises(RuntimeMissingError, match="pip install"):
-        cuda_runtime(loading(twelve, "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"))

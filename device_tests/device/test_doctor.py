@@ -154,6 +154,8 @@ def test_core_quotas(tmp_path: Path, files: dict[str, str], quota: int) -> None:
             "NVIDIA Jetson Orin Nano",
         ),
         ({"dev/nvidia0": ""}, False, True, None),
+        ({"dev/nvidia3": ""}, False, True, None),  # a container with the fourth GPU only
+        ({"dev/nvidiactl": ""}, False, False, None),
         ({"usr/bin/nvidia-smi": ""}, False, True, None),
     ],
 )
@@ -240,7 +242,7 @@ def test_the_command_for_every_machine(name: str, python: str, kind: str) -> Non
     assert command == RANGE[name, python]
     assert bool(more) == bool(kind)
     if kind:
-        assert more[0].startswith("this trains on the CPU: edgelocal does not train on a GPU yet; ")
+        assert more[0].startswith("this trains on the CPU; ")
 
 
 GPU = {
@@ -256,11 +258,9 @@ GPU = {
 
 
 @pytest.mark.parametrize(("name", "kind", "python"), GPU)
-def test_what_other_programs_need_for_the_gpu(name: str, kind: str, python: str) -> None:
+def test_what_training_on_the_gpu_needs(name: str, kind: str, python: str) -> None:
     text = advice(machine(name, kind, python))
-    assert text.endswith(
-        f"; for other programs on the GPU, in an environment of its own: pip install {GPU[name, kind, python]})"
-    )
+    assert text.endswith(f"; for --device cuda, instead of it: pip install {GPU[name, kind, python]})")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from edgelocal.runtime.block import Block
 from edgelocal.runtime.cuda import NAME, cuda_provider, device_memory
 from edgelocal.runtime.graphs import GraphPool
 from edgelocal.runtime.library import runtime
+from edgelocal.runtime.pages import PageFile
 from edgelocal.runtime.provider import CPU, Provider, stray_nodes
 from edgelocal.runtime.tensor import DeviceTensor, Place
 
@@ -66,7 +67,8 @@ Make = Callable[[], Provider]
 def blocks_of(bundle: str, provider: Provider, page: Path | None = None) -> list[Block]:
     opened = open_bundle(GOLDEN / bundle)
     graphs = GraphPool(opened, 1, provider=provider)
-    return [Block(opened, index, graphs, page=page) for index in range(len(opened.manifest.blocks))]
+    pages = [PageFile(page / block.name, block.state()) if page else None for block in opened.manifest.blocks]
+    return [Block(opened, index, graphs, page=each) for index, each in enumerate(pages)]
 
 
 @places

@@ -29,6 +29,8 @@ WANTED = {
     "raspberry-pi-zero-2w": (0.5, 4),
     "gateway-1gb": (1, 4),
     "gateway-512mb": (0.5, 2),
+    "cuda-8gb": (16, 8),
+    "cuda-24gb": (32, 8),
 }
 
 
@@ -43,6 +45,16 @@ def test_a_system_takes_its_share_and_no_more_than_a_tenth_of_more_memory() -> N
         assert left <= max(profile.ram_bytes * 0.45, 1 << 30)
         assert profile.machine in ("aarch64", "x86_64")
         assert profile.shared_memory == profile.name.startswith(("jetson", "raspberry"))
+
+
+def test_what_a_gpu_has() -> None:
+    for profile in PROFILES:
+        assert profile.cuda == profile.name.startswith(("jetson", "cuda"))
+        assert (profile.device_memory_bytes > 0) == profile.name.startswith("cuda")
+        assert profile.cuda_context_bytes <= profile.device_usable_bytes // 2
+    assert find_profile("jetson-orin-nano-8gb").device_usable_bytes == find_profile("jetson-orin-nano-8gb").usable_bytes
+    assert find_profile("cuda-24gb").as_dict()["device_usable_bytes"] == 24 * 2**30 * 90 // 100
+    assert find_profile("raspberry-pi-5-8gb").device_usable_bytes == 0
 
 
 def test_names_in_any_case() -> None:
@@ -61,4 +73,15 @@ def test_the_page_lists_them() -> None:
     assert rows == [
         (p.name, p.model, format_size(p.ram_bytes), str(p.usable_percent), format_size(p.usable_bytes), str(p.cores))
         for p in PROFILES
+    ]
+    gpus = re.findall(r"^\| `([^`]+)` \| (its own|the CPU's) \| (.+) \| (.+) \|$", page, re.MULTILINE)
+    assert gpus == [
+        (
+            p.name,
+            "the CPU's" if p.shared_memory else "its own",
+            format_size(p.device_usable_bytes),
+            format_size(p.cuda_context_bytes),
+        )
+        for p in PROFILES
+        if p.cuda
     ]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from edgelocal.machine.budget import format_size
+from edgelocal.machine.cuda_doctor import Cuda, capabilities, dotted
+from edgelocal.machine.cuda_libraries import read_cuda
 from edgelocal.machine.device import describe
 from edgelocal.machine.doctor import examine, installed_packages
+from edgelocal.machine.elf import GpuCode
+from edgelocal.machine.gpu import read_gpu
 
 
 def doctor_report() -> dict[str, Any]:
     """What `doctor --json` prints."""
-    return examine(describe(), installed_packages()).as_dict()
+    device = describe()
+    return examine(device, installed_packages(), Cuda(read_gpu(), read_cuda(machine=device.machine))).as_dict()
 
 
 def doctor_table(report: dict[str, Any]) -> Table:
@@ -36,8 +42,30 @@ def doctor_table(report: dict[str, Any]) -> Table:
         table.add_row(name, version)
     table.add_row("runtime for this machine", Text(report["advice"]))
     table.add_row("training build", Text(report["training"]))
+    for what, found in _cuda_rows(report["cuda"]):
+        table.add_row(what, Text(found))
     for problem in report["problems"]:
         table.add_row(Text("problem", style="red"), Text(f"{problem['found']}\n-> {problem['remedy']}"))
     if not report["problems"]:
         table.add_row("problems", "none found")
     return table
+
+
+def _cuda_rows(cuda: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """The GPU, the provider and its libraries; nothing on a machine that has neither GPU nor provider."""
+    if cuda is None:
+        return
+    gpu, setup = cuda["gpu"], cuda["setup"]
+    if gpu["names"] or gpu["driver"]:
+        capability = f", compute capability {dotted(gpu['capability'])}" if gpu["capability"] else ""
+        driver = f", driver {gpu['driver']}" if gpu["driver"] else ""
+        memory = ", in the memory of the CPU" if gpu["shared_memory"] else ""
+        yield "GPU", f"{', '.join(gpu['names']) or 'of unknown name'}{capability}{driver}{memory}"
+    if setup["provider"]:
+        code = "" if setup["code"] is None else f", code for {capabilities(GpuCode(**setup['code'])) or 'no GPU'}"
+        version = f", CUDA {setup['major']}" if setup["major"] else ""
+        yield "CUDA provider", f"in the installed runtime{version}{code}"
+        for library in setup["libraries"]:
+            places = library["places"]
+            none = "not found" if library["needed"] else "not found, not needed"
+            yield library["name"], f"{places[0][0]}: {places[0][1]}" if places else none

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path("/")
 
 _MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
-_CUDA_TRACES = ("dev/nvidia0", "dev/nvhost-gpu", "usr/bin/nvidia-smi", "usr/lib/wsl/lib/nvidia-smi")
+_CUDA_TRACES = ("dev/nvidia[0-9]*", "dev/nvhost-gpu", "usr/bin/nvidia-smi", "usr/lib/wsl/lib/nvidia-smi")
 _CGROUP_MOUNTS = {"": ("", "unified"), "memory": ("memory",), "cpu": ("cpu", "cpu,cpuacct")}
 # cgroup v1 writes "no limit" as the largest page-aligned 63-bit number.
 _UNLIMITED_BYTES = 1 << 62
@@ -66,13 +66,13 @@ def describe(root: Path = ROOT, folder: Path = Path()) -> DeviceInfo:
         disk_free_bytes=shutil.disk_usage(folder).free,
         model=model,
         jetson=(root / "etc/nv_tegra_release").exists() or "jetson" in (model or "").lower(),
-        cuda=any((root / trace).exists() for trace in _CUDA_TRACES),
+        cuda=any(any(root.glob(trace)) for trace in _CUDA_TRACES),
     )
 
 
 def _memory(root: Path) -> tuple[int, int]:
     """Total and available bytes, by `/proc/meminfo` or else by the C library."""
-    meminfo = _read(root / "proc/meminfo") or ""
+    meminfo = read_text(root / "proc/meminfo") or ""
     fields = {key: int(kib) * 1024 for key, kib in re.findall(r"^(\w+):\s*([0-9]{1,15}) kB$", meminfo, re.MULTILINE)}
     total = fields.get("MemTotal") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return total, fields.get("MemAvailable", total)
@@ -87,7 +87,7 @@ def _cores(root: Path) -> int:
 def _cpu_quotas_v2(root: Path) -> Iterator[float]:
     """Cores, from `cpu.max`: "<quota> <period>" in microseconds, or "max <period>"."""
     for folder in _cgroup_folders(root, ""):
-        match = re.fullmatch(r"([0-9]+) ([1-9][0-9]*)", _read(folder / "cpu.max") or "")
+        match = re.fullmatch(r"([0-9]+) ([1-9][0-9]*)", read_text(folder / "cpu.max") or "")
         if match:
             yield int(match[1]) / int(match[2])
 
@@ -114,7 +114,7 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     In a container the path may be that of the host and missing here; the mount's own top is then what counts.
     """
     inner = PurePosixPath()
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
         match = re.fullmatch(r"[0-9]+:([^:]*):/?(.*)", line)
         if match and controller in match[1].split(","):
             inner = PurePosixPath(match[2])
@@ -126,13 +126,13 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
 
 def _model(root: Path) -> str | None:
     for name in ("proc/device-tree/model", "sys/firmware/devicetree/base/model"):
-        text = (_read(root / name) or "").strip("\0 \n")
+        text = (read_text(root / name) or "").strip("\0 \n")
         if text:
             return text
     return None
 
 
-def _read(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
     """The stripped text of a small system file, or None where it cannot be read."""
     try:
         return path.read_text(errors="replace").strip()
@@ -142,5 +142,5 @@ def _read(path: Path) -> str | None:
 
 def _read_number(path: Path) -> int | None:
     """A number of at least 0; "max", "-1" and anything else are None."""
-    text = _read(path) or ""
+    text = read_text(path) or ""
     return int(text) if re.fullmatch(r"[0-9]{1,20}", text) else None

@@ -12,11 +12,11 @@ from importlib import metadata
 from typing import Any
 
 from edgelocal.machine.budget import format_size
+from edgelocal.machine.cuda_doctor import Cuda, cuda_command, cuda_problems, no_cuda_wheel
 from edgelocal.machine.device import DeviceInfo
 from edgelocal.machine.packages import (
     JETSON,
     ORIN,
-    PYPI,
     THOR,
     accelerator,
     oldest_runtime,
@@ -24,6 +24,7 @@ from edgelocal.machine.packages import (
     python_of,
     release,
 )
+from edgelocal.machine.problem import Problem
 
 # All bring the module `onnxruntime`, so only one may be installed. Special ones first: somebody chose them, while the
 # plain one may have come along with another package.
@@ -50,15 +51,7 @@ _UNKNOWN = (
     'pip install "onnxruntime>=1.17" (there may be no ready wheel for {machine} with {system} and Python {python}: '
     "if pip finds none, build ONNX Runtime from source)"
 )
-_CPU_ONLY = "this trains on the CPU: edgelocal does not train on a GPU yet"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What was found, and what to type or do about it."""
-
-    found: str
-    remedy: str
+_CPU_ONLY = "this trains on the CPU"
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,8 @@ class Report:
     """Machine, versions by distribution name, the runtimes among them, what to install here, and what is wrong.
 
     `training_build` is whether the one runtime that is installed can `train --runtime ort-training`; `training` says
-    so, or what to type for it, or that there is none for this machine and Python.
+    so, or what to type for it, or that there is none for this machine and Python. `cuda`: the GPU, and what the runtime
+    finds of CUDA; None where that was not looked at.
     """
 
     device: DeviceInfo
@@ -76,27 +70,31 @@ class Report:
     training_build: bool
     training: str
     problems: tuple[Problem, ...]
+    cuda: Cuda | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
         values = dataclasses.asdict(self)
         values["device"]["effective_bytes"] = self.device.effective_bytes
         values["problems"] = list(values["problems"])
+        if self.cuda is not None:
+            values["cuda"]["setup"]["missing"] = self.cuda.setup.missing
         return values
 
 
-def examine(info: DeviceInfo, packages: Mapping[str, str]) -> Report:
-    """Pure: machine and installed versions -> Report."""
+def examine(info: DeviceInfo, packages: Mapping[str, str], cuda: Cuda | None = None) -> Report:
+    """Pure: machine, installed versions and what was found of CUDA -> Report."""
     runtimes = {name: packages[name] for name in RUNTIMES if name in packages}
     kept = {_kept_runtime(info, runtimes): runtimes[_kept_runtime(info, runtimes)]} if runtimes else {}
     problems = (
         *_number_problems(info, runtimes),
         *_age_problems(info, kept),
         *_numpy_problems(info, packages.get("numpy", "0"), kept),
+        *(cuda_problems(info, runtimes, cuda) if cuda is not None else ()),
         *_memory_problems(info),
     )
     build = len(runtimes) == 1 and next(iter(runtimes)) in TRAINING_BUILDS
-    return Report(info, dict(packages), runtimes, advice(info), build, _training(info, runtimes), problems)
+    return Report(info, dict(packages), runtimes, advice(info), build, _training(info, runtimes), problems, cuda)
 
 
 def advice(info: DeviceInfo) -> str:
@@ -115,12 +113,10 @@ def _unknown(info: DeviceInfo) -> str:
 
 
 def _gpu_advice(info: DeviceInfo) -> str:
-    """What other programs need for the GPU. One environment holds one runtime: it takes the place of the CPU's."""
-    row = package(info, "gpu")
-    if row is None:
-        return "no onnxruntime-gpu wheel is known for this GPU and Python {}.{}".format(*python_of(info))
-    source = "" if row.source == PYPI else f", the file from {row.source}"
-    return f"for other programs on the GPU, in an environment of its own: {row.command}{source} ({row.remark})"
+    """What `--device cuda` needs. One environment holds one runtime: it takes the place of the CPU's, and does its work
+    too."""
+    command = cuda_command(info)
+    return no_cuda_wheel(info) if command is None else f"for --device cuda, instead of it: {command}"
 
 
 def _training(info: DeviceInfo, runtimes: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from edgelocal.machine.device import DeviceInfo
 
-Use = Literal["portable", "ort-training", "gpu"]
+Use = Literal["portable", "ort-training", "cuda"]
 Python = tuple[int, int]
 
 X86_64, AARCH64 = "x86_64", "aarch64"
@@ -29,8 +29,8 @@ class Package:
     """What to install where, and what for.
 
     `machine` is that of `DeviceInfo`; `accelerators` are those of `accelerator` that the row holds for; `pythons` are
-    the first and the last version, None where no last one is known. `use` is a runtime of `train --runtime`, or "gpu"
-    for other programs than edgelocal. Wheels of another `source` than PyPI are files that one fetches first.
+    the first and the last version, None where no last one is known. `use` is a runtime of `train --runtime`, or "cuda"
+    for `train --device cuda`. Wheels of another `source` than PyPI are files that one fetches first.
     """
 
     machine: str
@@ -69,6 +69,9 @@ class Package:
         return here and first <= python and (last is None or python <= last)
 
 
+# Of NVIDIA's drivers, the first release that runs programs of this version of CUDA, by NVIDIA's compatibility guide.
+FIRST_DRIVER = {11: 450, 12: 525, 13: 580}
+
 # 1.23 is the last with wheels for Python 3.10. On aarch64, 1.21.0 dies of an illegal instruction on cores without the
 # atomic instructions of ARMv8.1, such as the Raspberry Pi 4's. PyPI's onnxruntime-gpu is for CUDA 12 up to 1.26, for
 # CUDA 13 from 1.27 on (whose extras name packages that do not exist, so 1.28), and has aarch64 wheels from 1.29 on.
@@ -80,14 +83,14 @@ TABLE = (
     Package(AARCH64, ANY, ((3, 11), (3, 13)), "onnxruntime", ">=1.20,!=1.21.*", "portable"),
     Package(AARCH64, ANY, ((3, 14), None), "onnxruntime", ">=1.20,!=1.21.*", "portable", _NOT_TESTED),
     Package(X86_64, ANY, ((3, 8), (3, 12)), "onnxruntime-training-cpu", "==1.19.2", "ort-training", "the last release"),
-    Package(X86_64, (CUDA,), ((3, 10), (3, 10)), "onnxruntime-gpu[cuda,cudnn]", ">=1.23.2,<1.24", "gpu", "CUDA 12"),
+    Package(X86_64, (CUDA,), ((3, 10), (3, 10)), "onnxruntime-gpu[cuda,cudnn]", ">=1.23.2,<1.24", "cuda", "CUDA 12"),
     Package(
         X86_64,
         (CUDA,),
         ((3, 11), None),
         "onnxruntime-gpu[cuda,cudnn]",
         ">=1.28",
-        "gpu",
+        "cuda",
         'CUDA 13; for a driver of CUDA 12: "onnxruntime-gpu[cuda,cudnn]>=1.23.2,<1.27"',
     ),
     Package(
@@ -96,7 +99,7 @@ TABLE = (
         ((3, 11), None),
         "onnxruntime-gpu[cuda,cudnn]",
         ">=1.29",
-        "gpu",
+        "cuda",
         "CUDA 13, glibc 2.34 or later",
     ),
     Package(
@@ -105,7 +108,7 @@ TABLE = (
         ((3, 10), (3, 10)),
         "onnxruntime-gpu",
         "",
-        "gpu",
+        "cuda",
         "JetPack 6, CUDA 12.6",
         JETSON_INDEX,
     ),
@@ -115,7 +118,7 @@ TABLE = (
         ((3, 12), (3, 12)),
         "onnxruntime-gpu",
         "",
-        "gpu",
+        "cuda",
         "JetPack 7, CUDA 13",
         JETSON_INDEX,
     ),

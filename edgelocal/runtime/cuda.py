@@ -1,5 +1,4 @@
-"""The CUDA provider: its libraries, its settings, one arena for all graphs, and the device's memory as the driver
-counts it.
+"""The CUDA provider: its first use, its settings, and one arena for all graphs.
 
 Settings follow from the source of ONNX Runtime 1.25 (core/providers/cuda). With cuDNN 9 a convolution is not timed:
 HEURISTIC and EXHAUSTIVE choose between two lists of plans, and the workspace of a plan comes out of the arena. NHWC
@@ -9,34 +8,29 @@ bring handles of cuBLAS and cuDNN of its own, which lie outside of the arena.
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from edgelocal.errors import RuntimeMissingError
-from edgelocal.machine.device import describe
-from edgelocal.machine.doctor import advice
+from edgelocal.machine.gpu_libraries import LibraryError
+from edgelocal.machine.gpu_memory import Meter, gpu_meter
 from edgelocal.machine.packages import release
 from edgelocal.memory.peaks import DeviceNeeds
 from edgelocal.runtime.accelerator import WORKSPACE_BYTES, Accelerator
 from edgelocal.runtime.arena import session_options
-from edgelocal.runtime.cuda_host import cuda_runtime, gpu_name, is_integrated, pinned
+from edgelocal.runtime.cuda_host import gpu_name, pinned
+from edgelocal.runtime.cuda_setup import LEFT_OUT, PROVIDER, explained, load_libraries
 from edgelocal.runtime.library import runtime
 from edgelocal.runtime.provider import Provider
 from edgelocal.runtime.tensor import Place
 from edgelocal.runtime.tiny import tiny_model
 
-NAME = "CUDAExecutionProvider"
+NAME = PROVIDER
 _SAME_AS_REQUESTED = 1  # of the arena's strategies: a region is as large as what did not fit, and can be given back
 _FIRST_WITH_ONE_ARENA = (1, 23)  # before, tensors come from an arena of their own that grows by powers of two
 _SPLIT_FROM = 256  # bytes of a rest that are worth a chunk of their own
 _SMALL_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:1"  # KiB and pieces, for every handle: Hopper's default is 32 MiB
-_DOCTOR = "`edgelocal doctor` says what is missing; or train with --device cpu"
 
 
 def open_cuda(*, tf32: bool = False, may_fall_back: bool = False, bounded: bool = False) -> Accelerator:
@@ -49,9 +43,11 @@ def open_cuda(*, tf32: bool = False, may_fall_back: bool = False, bounded: bool 
     if bounded:
         os.environ.setdefault(*_SMALL_WORKSPACE)
     load_cuda()
-    meter = DriverMeter()
+    meter = _meter()  # before there is a context, so that it is counted
     warm_up(tf32=tf32)
-    shared = is_integrated()
+    if isinstance(meter, LibraryError):
+        raise meter
+    shared = meter.shared
     context = meter.used_bytes()
     return Accelerator(
         name="cuda",
@@ -70,11 +66,7 @@ def load_cuda() -> None:
     Raises:
         RuntimeMissingError: the runtime that is installed has no CUDA provider.
     """
-    ort = runtime()
-    if NAME not in ort.get_available_providers():
-        raise RuntimeMissingError(f"the ONNX Runtime that is installed has no {NAME}: {advice(describe())}")
-    if hasattr(ort, "preload_dlls"):  # from 1.21 on; before, the system has to find CUDA
-        ort.preload_dlls(directory="")
+    load_libraries(runtime())
 
 
 def warm_up(*, tf32: bool) -> None:
@@ -82,7 +74,8 @@ def warm_up(*, tf32: bool) -> None:
     their first use is there.
 
     Raises:
-        RuntimeMissingError: CUDA cannot run them here.
+        RuntimeMissingError: CUDA cannot run them here; says what is missing.
+        OverBudgetError: the device has no memory for them.
     """
     nodes = [("Conv", ("x", "w"), "y"), ("MatMul", ("y", "y"), "z")]
     model = tiny_model(nodes, {"x": (1, 1, 8, 8), "w": (1, 1, 3, 3)}, ("z", (1, 1, 6, 6)))
@@ -95,9 +88,9 @@ def warm_up(*, tf32: bool) -> None:
         there = NAME in session.get_providers()
         session.run(None, {"x": np.ones((1, 1, 8, 8), np.float32), "w": np.ones((1, 1, 3, 3), np.float32)})
     except Exception as error:
-        raise RuntimeMissingError(f"CUDA does not run here ({_first_line(error)}): {_DOCTOR}") from error
+        raise explained(str(error), ort) from error
     if not there:
-        raise RuntimeMissingError(f"the runtime left CUDA out and would go on with the CPU: {_DOCTOR}")
+        raise explained(LEFT_OUT, ort)
 
 
 def cuda_provider(
@@ -154,44 +147,9 @@ def _share_arena(limit_bytes: int | None) -> None:
     _arena_limits.append(limit_bytes or 0)
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-class DriverMeter:
-    """The device as a whole, by CUDA's runtime: what it became fuller by since this was made counts as ours."""
-
-    source = "driver"
-
-    def __init__(self) -> None:
-        self._before = device_memory().free
-
-    def used_bytes(self) -> int:
-        """What the device became fuller by."""
-        return max(0, self._before - device_memory().free)
-
-    def free_bytes(self) -> int:
-        """What there is to have."""
-        return device_memory().free
-
-
-@dataclass(frozen=True)
-class DeviceMemory:
-    """Of the device, all processes together, in bytes."""
-
-    free: int
-    total: int
-
-
-def device_memory(load: Callable[[str], Any] = ctypes.CDLL) -> DeviceMemory:
-    """What the CUDA runtime says (cudaMemGetInfo); makes the process's context if there is none yet.
-
-    Raises:
-        RuntimeMissingError: no CUDA runtime can be loaded, or it has no device.
-    """
-    library = cuda_runtime(load)
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    code = library.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
-    if code != 0:
-        raise RuntimeMissingError(f"CUDA does not tell the device's memory (error {code}): check `nvidia-smi`")
-    return DeviceMemory(free.value, total.value)
+def _meter() -> Meter | LibraryError:
+    """A meter, or why there is none: the runtime's own words about the same are better, and come later."""
+    try:
+        return gpu_meter()
+    except LibraryError as error:
+        return error

@@ -6,48 +6,15 @@ import ctypes
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from edgelocal.errors import OverBudgetError, RuntimeMissingError
-from edgelocal.machine.device import describe
-from edgelocal.machine.doctor import advice
+from edgelocal.errors import OverBudgetError
+from edgelocal.machine.gpu_libraries import Load, cuda_library
 from edgelocal.storage.tensors import Array
 
-_RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0")
 _DRIVER = "libcuda.so.1"
-_INTEGRATED = 18  # cudaDevAttrIntegrated: the GPU works in the host's memory
 _LONGEST_NAME = 256
-
-Load = Callable[[str], Any]
-
-
-def cuda_runtime(load: Load = ctypes.CDLL) -> Any:
-    """CUDA's runtime library, by its C names.
-
-    Raises:
-        RuntimeMissingError: none can be loaded.
-    """
-    for name in _RUNTIMES:
-        try:
-            return load(name)
-        except OSError:
-            continue
-    raise RuntimeMissingError(f"none of {', '.join(_RUNTIMES)} can be loaded: {advice(describe())}")
-
-
-def is_integrated(load: Load = ctypes.CDLL) -> bool:
-    """Whether the GPU works in the host's memory, as a Jetson's does.
-
-    Raises:
-        RuntimeMissingError: CUDA cannot be loaded, or has no device.
-    """
-    found = ctypes.c_int()
-    code = cuda_runtime(load).cudaDeviceGetAttribute(ctypes.byref(found), _INTEGRATED, 0)
-    if code != 0:
-        raise RuntimeMissingError(f"CUDA finds no GPU (error {code}): `edgelocal doctor` says what is missing")
-    return bool(found.value)
 
 
 def gpu_name(load: Load = ctypes.CDLL) -> str:
@@ -74,7 +41,7 @@ def pinned(shape: tuple[int, ...], dtype: str, load: Load = ctypes.CDLL) -> Arra
         OverBudgetError: the system has none.
     """
     size = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
-    library, address = cuda_runtime(load), ctypes.c_void_p()
+    library, address = cuda_library(load), ctypes.c_void_p()
     code = library.cudaHostAlloc(ctypes.byref(address), ctypes.c_size_t(size), 0)
     if code != 0 or not address.value:
         raise OverBudgetError(

@@ -16,6 +16,8 @@ from edgelocal.machine.packages import oldest_runtime, release
 
 GRAPH_LEVEL = "none"
 CPU_PROVIDER = "CPUExecutionProvider"
+# What the CUDA provider says when it was loaded, and then lacks a library or code for the GPU.
+_MISSING = ("cuDNN is not available", "cudaErrorNoKernelImageForDevice", "no kernel image is available")
 OOM_ADVICE = "; use a smaller --batch or more blocks"  # ends the message where memory ran out
 
 
@@ -86,12 +88,14 @@ def translated(error: Exception, what: str) -> EdgelocalError:
     text = " ".join(str(error).split())
     if _is_out_of_memory(error):
         # The runtime's own words, without the places in its source that come before them.
-        said = re.search(r"(Available memory of|Failed to allocate memory|std::bad_alloc).*", text)
+        said = re.search(r"(Available memory of|Failed to allocate memory|std::bad_alloc|CU[A-Z]+ failure).*", text)
         return OverBudgetError(f"{what}: out of memory ({(said[0] if said else text)[:200]}){OOM_ADVICE}")
+    if any(sign in text for sign in _MISSING):
+        return RuntimeMissingError(f"{what}: {text[:500]}; `edgelocal doctor` says what is missing")
     return BundleError(f"{what}: {text[:500]}; export the bundle again")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """By what the runtime and the system's loader say."""
-    signs = ("allocate memory", "bad_alloc", "smaller than requested")
+    signs = ("allocate memory", "bad_alloc", "smaller than requested", "CUDA failure 2: ", "STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
