@@ -106,11 +106,6 @@ class NvmlLibrary:
         _set(handle, ctypes.c_void_p, 77)
         return 0
 
-    def nvmlDeviceGetName(gpu: FakeGpu, handle: Any, text: Any, room: Any) -> int:  # noqa: N802, N805
-        assert (handle.value, room.value) == (77, 96)
-        text.value = b"NVIDIA H200"
-        return 0
-
     def nvmlDeviceGetMemoryInfo(gpu: FakeGpu, handle: Any, memory: Any) -> int:  # noqa: N802, N805
         assert handle.value == 77
         sizes = ctypes.cast(memory, ctypes.POINTER(ctypes.c_ulonglong))

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from device_tests.device.fake_gpu import FakeGpu
 from device_tests.device.test_cuda_doctor import H200, MACHINE, SETUP, without
 from edgelocal.errors import OverBudgetError, RuntimeMissingError
 from edgelocal.machine.cuda_doctor import Cuda
 from edgelocal.machine.cuda_libraries import CudaSetup
 from edgelocal.machine.device import DeviceInfo
+from edgelocal.machine.elf import GpuCode
 from edgelocal.machine.packages import accelerator
 from edgelocal.runtime import cuda_setup
 from edgelocal.runtime.cuda import open_cuda
@@ -56,7 +58,7 @@ def machine_with(setup: CudaSetup) -> Callable[[], tuple[DeviceInfo, Cuda]]:
 
 
 def said(reason: str, setup: CudaSetup = SETUP, gpu: Gpu | None = None) -> str:
-    error = explained(reason, gpu or Gpu(), machine_with(setup))
+    error = explained(reason, gpu or Gpu(), machine_with(setup), FakeGpu().load)
     assert isinstance(error, RuntimeMissingError)
     return str(error)
 
@@ -99,6 +101,13 @@ def test_what_the_runtime_raises_is_said_shortly() -> None:
     assert text.startswith("CUDA cannot be used (CUDA failure 100: no CUDA-capable device is detected): see `edgelocal")
     assert "no kernel image is available for execution on the device" in said(NO_KERNEL)
     assert "(something else entirely)" in said("something else\nentirely")
+
+
+def test_a_gpu_that_the_build_has_no_code_for_is_said_by_what_cuda_tells_of_it() -> None:
+    setup = dataclasses.replace(SETUP, code=GpuCode((90, 120), ()))
+    assert "no code for this GPU of compute capability 8.7, only for 9.0, 12.0" in said(NO_KERNEL, setup)
+    broken = FakeGpu(codes={"cudaDeviceGetAttribute": 35})
+    assert "compute capability" not in str(explained(NO_KERNEL, Gpu(), machine_with(setup), broken.load))
 
 
 def test_a_device_without_memory_is_over_the_budget() -> None:

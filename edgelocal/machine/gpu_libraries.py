@@ -118,12 +118,6 @@ class Nvml:
         self._device = ctypes.c_void_p()
         self._call("nvmlDeviceGetHandleByPciBusId_v2", bus_id.encode(), ctypes.byref(self._device))
 
-    def name(self) -> str:
-        """The device's name for itself: "NVIDIA H200"."""
-        text = ctypes.create_string_buffer(96)
-        self._call("nvmlDeviceGetName", self._device, text, ctypes.c_uint(96))
-        return text.value.decode("utf-8", "replace")
-
     def used_bytes(self) -> int:
         """Of the device, all processes and the driver together."""
         memory = _Memory()

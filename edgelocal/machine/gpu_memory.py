@@ -31,11 +31,10 @@ _PROBE_BYTES = 64 << 20
 @dataclass(frozen=True)
 class Meter:
     """Memory of one device in bytes. `source` is "nvml" where this process alone is counted, "driver" where the device
-    is; `shared`: the device has no memory of its own; `model` is its name, "" where nobody says."""
+    is; `shared`: the device has no memory of its own."""
 
     source: str
     shared: bool
-    model: str
     counts_context: bool
     _used: Callable[[], int]
     _free: Callable[[], int]
@@ -68,17 +67,16 @@ def gpu_meter(load: Load = ctypes.CDLL, root: Path = ROOT, pid: int | None = Non
     """
     cuda = CudaRuntime(load)
     shared, nvml = cuda.shares_memory(), _nvml(cuda, load)
-    model = (_answer(nvml.name) if nvml else None) or ""
     held = _whole_device(nvml, shared, root)
     before = held() if held else 0
     own = _own_number(cuda, nvml, os.getpid() if pid is None else pid) if nvml else None
     free = _free_memory(cuda, shared, root)
     if nvml is not None and own is not None:
-        return Meter(NVML, shared, model, True, lambda: nvml.processes().get(own, 0), free)
+        return Meter(NVML, shared, True, lambda: nvml.processes().get(own, 0), free)
     start = cuda.memory()
     if held is not None:
-        return Meter(DRIVER, shared, model, True, lambda: held() - before, free)
-    return Meter(DRIVER, shared, model, False, lambda: start.free - cuda.memory().free, free)
+        return Meter(DRIVER, shared, True, lambda: held() - before, free)
+    return Meter(DRIVER, shared, False, lambda: start.free - cuda.memory().free, free)
 
 
 def _nvml(cuda: CudaRuntime, load: Load) -> Nvml | None:
@@ -92,7 +90,7 @@ def _whole_device(nvml: Nvml | None, shared: bool, root: Path) -> Callable[[], i
     """What tells the bytes in use on the device without a context."""
     if shared:  # there NVML's figure would be that of the machine, if it had one
         return (lambda: _meminfo(root, "NvMapMemUsed") or 0) if _meminfo(root, "NvMapMemUsed") is not None else None
-    return nvml.used_bytes if nvml is not None and _answer(nvml.used_bytes) is not None else None
+    return nvml.used_bytes if nvml is not None and _answers(nvml.used_bytes) else None
 
 
 def _own_number(cuda: CudaRuntime, nvml: Nvml, pid: int) -> int | None:
@@ -130,8 +128,9 @@ def _meminfo(root: Path, key: str) -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-def _answer(ask: Callable[[], object]) -> str | None:
+def _answers(ask: Callable[[], int]) -> bool:
     try:
-        return str(ask())
+        ask()
     except LibraryError:
-        return None
+        return False
+    return True

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from edgelocal.machine.gpu_libraries import LibraryError
-from edgelocal.machine.gpu_memory import Meter, gpu_meter
+from edgelocal.machine.gpu_memory import Meter, device_memory, gpu_meter
 from edgelocal.machine.packages import release
 from edgelocal.memory.peaks import DeviceNeeds
 from edgelocal.runtime.accelerator import WORKSPACE_BYTES, Accelerator
@@ -25,6 +25,8 @@ from edgelocal.runtime.library import runtime
 from edgelocal.runtime.provider import Provider
 from edgelocal.runtime.tensor import Place
 from edgelocal.runtime.tiny import tiny_model
+
+__all__ = ["NAME", "cuda_provider", "device_memory", "load_cuda", "open_cuda", "settings", "warm_up"]
 
 NAME = PROVIDER
 _SAME_AS_REQUESTED = 1  # of the arena's strategies: a region is as large as what did not fit, and can be given back

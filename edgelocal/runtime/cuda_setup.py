@@ -10,9 +10,11 @@ the first kernel.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from edgelocal.machine.cuda_libraries import SYSTEM, CudaSetup, preload_folders,
 from edgelocal.machine.device import DeviceInfo, describe
 from edgelocal.machine.doctor import installed_runtimes
 from edgelocal.machine.gpu import read_gpu
+from edgelocal.machine.gpu_libraries import CudaRuntime, LibraryError, Load
 
 PROVIDER = "CUDAExecutionProvider"
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
@@ -63,10 +66,12 @@ def preload(ort: Any, setup: CudaSetup) -> str:
 
 
 def explained(
-    reason: str, ort: Any, machine: Callable[[], tuple[DeviceInfo, Cuda]] = look
+    reason: str, ort: Any, machine: Callable[[], tuple[DeviceInfo, Cuda]] = look, load: Load = ctypes.CDLL
 ) -> RuntimeMissingError | OverBudgetError:
     """Why CUDA cannot be used: what the runtime raised or did, with what the doctor finds on this machine."""
     info, cuda = machine()
+    if cuda.gpu.capability is None:
+        cuda = replace(cuda, gpu=replace(cuda.gpu, capability=_capability(load)))
     reason = " ".join(reason.split())
     found = _FAILURE.search(reason)
     short = f"CUDA failure {found[1]}: {found[2].strip()}" if found else reason[:300]
@@ -80,6 +85,14 @@ def explained(
         missing = missing_text(cuda.setup)
         problems = [missing or "see `edgelocal doctor`, `nvidia-smi`, and what the runtime wrote above"]
     return RuntimeMissingError(f"CUDA cannot be used ({short}): {'; '.join(problems)}; or train with --device cpu")
+
+
+def _capability(load: Load) -> int | None:
+    """As CUDA says, which the doctor does not ask: to load its library would come before the runtime's preload."""
+    try:
+        return CudaRuntime(load).capability()
+    except LibraryError:
+        return None
 
 
 def _hidden_folders(setup: CudaSetup) -> list[str]:
