@@ -118,7 +118,7 @@ gpu-pages: $(GPU_READY)
 .venv-gpu/ready: pyproject.toml
 	@echo "Installing into .venv-gpu (PyTorch and ONNX Runtime with CUDA: several GB)"
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python $(PIP) --editable ".[export,$(CUDA),image,test]" nvidia-ml-py
+	.venv-gpu/bin/python $(PIP) --editable ".[export,$(CUDA),image,test]"
 	touch $@
 
 $(VENV)/ready: pyproject.toml constraints/newest.txt

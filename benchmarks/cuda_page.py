@@ -222,7 +222,8 @@ products and convolutions to 10 bits, bf16 (`export --precision bfloat16`) those
 
 - Working set: PyTorch's `max_memory_allocated` after the warm-up; ours all that the process takes but the context.
   Held by the allocator: PyTorch's `max_memory_reserved`, our arena. Process: all that it takes of the device, by NVML,
-  or without that by `cudaMemGetInfo` on a device that nobody else uses.
+  or without that what the device became fuller by. Context: PyTorch's with one tensor there; ours with the libraries
+  loaded and one convolution and product done.
 - PyTorch: eager back-propagation, SGD with Nesterov momentum, `torch.backends.cudnn.benchmark` on. TF32 is off on both
   sides but in rows that say otherwise. Best checkpointing: the number of segments with the least working set.
 - The same blocks: the blocks, auxiliary networks (d = 2) and losses that `edgelocal export` makes, in eager PyTorch,

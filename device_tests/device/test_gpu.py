@@ -19,8 +19,9 @@ from device_tests.device.golden_steps import EXPECTED, losses
 from device_tests.device.runs import GOLDEN
 from edgelocal.bundle.folder import open_bundle
 from edgelocal.errors import OverBudgetError, RuntimeMissingError
+from edgelocal.machine.gpu_memory import device_memory
 from edgelocal.runtime.block import Block
-from edgelocal.runtime.cuda import NAME, cuda_provider, device_memory
+from edgelocal.runtime.cuda import NAME, cuda_provider
 from edgelocal.runtime.graphs import GraphPool
 from edgelocal.runtime.library import runtime
 from edgelocal.runtime.pages import PageFile
