@@ -72,6 +72,7 @@ GPU_READY := $(if $(filter .venv-gpu/bin/python,$(GPU_PYTHON)),.venv-gpu/ready)
 GPU := PYTHONPATH=$(CURDIR) $(GPU_PYTHON)
 GPU_PARITY := benchmarks/parity.py --device cuda --result out/cuda/result.json --optimizers "sgd nesterov,adamw" \
 	--networks resnet20,resnet32,vgg11,mobilenetv2,vit,mlp
+CUDA ?= cuda13# or cuda12, for older drivers
 MINUTES ?= 0
 EPOCHS ?= 30
 GPU_LEARNING := benchmarks/learning_full.py $(CIFAR) --epochs $(EPOCHS) --minutes $(MINUTES)
@@ -90,11 +91,12 @@ gpu-prepare: $(GPU_READY)
 
 gpu-suite: $(GPU_READY)
 	EDGELOCAL_REQUIRE_GPU=1 $(GPU) -m pytest device_tests/device/test_gpu.py -p no:cacheprovider -s
-	$(GPU) $(SUITE)
+	EDGELOCAL_REQUIRE_GPU=1 $(GPU) $(SUITE)
 
 gpu-parity: $(GPU_READY)
 	$(GPU) $(GPU_PARITY) --minutes $(MINUTES)
 	$(GPU) $(GPU_PARITY) --minutes $(MINUTES) --tf32
+	$(GPU) $(GPU_PARITY) --minutes $(MINUTES) --bf16
 	$(MAKE) gpu-pages
 
 gpu-gradients: $(GPU_READY)
@@ -116,7 +118,7 @@ gpu-pages: $(GPU_READY)
 .venv-gpu/ready: pyproject.toml
 	@echo "Installing into .venv-gpu (PyTorch and ONNX Runtime with CUDA: several GB)"
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python $(PIP) --editable ".[export,image,test]" "onnxruntime-gpu[cuda,cudnn]>=1.24.1" nvidia-ml-py
+	.venv-gpu/bin/python $(PIP) --editable ".[export,$(CUDA),image,test]"
 	touch $@
 
 $(VENV)/ready: pyproject.toml constraints/newest.txt

@@ -52,19 +52,20 @@ class Task:
         """Of the case in the result."""
         return f"{self.setting.network}, batch {self.setting.batch}"
 
-    def exported(self, variant: str, say: Say) -> Bundle:
-        """The bundle of a variant of ours, exported now if it is not there.
+    def exported(self, variant: str, say: Say, setting: Setting | None = None) -> Bundle:
+        """The bundle of a variant of ours, exported now if it is not there; in the precision of `setting`.
 
         Raises:
             EdgelocalError: it cannot be exported.
         """
-        folder = self.folder / FOLDERS[variant]
+        setting = setting or self.setting
+        folder = self.folder / (FOLDERS[variant] + ("-bf16" if setting.precision == "bf16" else ""))
         if folder.is_dir():
             return Bundle(variant, folder)
         options = dict(EXPORTED[variant])
         if variant == cuda_page.OWN_PARTITION:
-            return export_variant(self.setting, folder, variant, say, **options, budget=str(self._budget(say)))
-        return export_variant(self.setting, folder, variant, say, **options)
+            return export_variant(setting, folder, variant, say, **options, budget=str(self._budget(say)))
+        return export_variant(setting, folder, variant, say, **options)
 
     def _budget(self, say: Say) -> int:
         """Bytes of a process on the CPU in which SHARE of what one block needs is left for blocks."""
@@ -83,7 +84,7 @@ def tasks(options: argparse.Namespace) -> list[Task]:
         for batch in [options.batch] if options.batch else BATCHES.get(network, DEFAULT_BATCHES):
             setting = Setting(network, shape, classes, batch, options.steps, describe().cores, device=options.device)
             setting.check()
-            found.append(Task(setting, options.result.parent / "bundles" / f"{network}-{batch}"))
+            found.append(Task(setting, options.result.parent / "bundles" / f"{network}-{batch}-{options.device}"))
     return found
 
 
@@ -91,10 +92,10 @@ def variants(task: Task, figures: Figures, scratch: Path, say: Say) -> list[Vari
     """All variants of a case, PyTorch's first."""
     found = _in_precision(task, task.setting, figures, scratch, say)
     if task.setting.device != "cpu":
-        for precision in ("tf32", "bf16"):
+        for precision in cuda_page.PRECISIONS:
             given = replace(task.setting, precision=precision)
             of_it = _in_precision(task, given, figures, scratch, say)
-            chosen = (v for v in of_it if v.name in cuda_page.IN_PRECISIONS[precision])
+            chosen = (v for v in of_it if v.name in cuda_page.IN_PRECISIONS)
             found += [Variant(cuda_page.in_precision(v.name, precision), v.run) for v in chosen]
     return found
 
@@ -109,7 +110,7 @@ def _in_precision(task: Task, setting: Setting, figures: Figures, scratch: Path,
     ]
 
     def own(name: str) -> Measurement:
-        bundle, data = task.exported(name, say), scratch / "data.npz"
+        bundle, data = task.exported(name, say, setting), scratch / "data.npz"
         if not data.exists():
             write_samples(setting, data)
         with tempfile.TemporaryDirectory(dir=scratch) as run:
@@ -171,6 +172,16 @@ def measure(found: Sequence[Task], options: argparse.Namespace) -> bool:
     return True
 
 
+def prepare(found: Sequence[Task]) -> None:
+    """Export the bundles of all cases; what cannot be exported is said."""
+    for task in found:
+        for name in EXPORTED:
+            try:
+                task.exported(name, lambda text: print(text, file=sys.stderr, flush=True))
+            except EdgelocalError as error:
+                print(f"{task.name}, {name}: {error}", file=sys.stderr, flush=True)
+
+
 def main(description: str | None, words: Sequence[str] | None = None) -> None:
     """The command line of benchmarks/cuda.py."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,9 +202,7 @@ def main(description: str | None, words: Sequence[str] | None = None) -> None:
     if options.write is None:
         found = tasks(options)
         if options.prepare:
-            for task in found:
-                for name in EXPORTED:
-                    task.exported(name, lambda text: print(text, file=sys.stderr, flush=True))
+            prepare(found)
             return
         measure(found, options)
     result = json.loads(options.result.read_text()) if options.result.is_file() else {}

@@ -70,8 +70,9 @@ class Training:
     def export(self) -> Path:
         """The bundle; exported now if it is not there."""
         bundle = self.folder / "bundle"
+        more = ("--seed", str(self.seed), "--batch", str(BATCH), "--target", self.device)
         if not bundle.is_dir():
-            edgelocal("export", self.network, str(bundle), *CANDIDATES[self.candidate], "--seed", str(self.seed))
+            edgelocal("export", self.network, str(bundle), *CANDIDATES[self.candidate], *more)
         return bundle
 
     def command(self, data: Path) -> list[str]:
@@ -79,8 +80,7 @@ class Training:
         line = [sys.executable, "-m", "edgelocal", "train", str(self.export()), "--data", str(data), "--json"]
         line += ["--out", str(self.run), "--epochs", str(self.epochs), "--batch", str(BATCH), "--lr", str(LR)]
         line += ["--lr-schedule", "cosine", "--warmup-epochs", str(self.warmup), "--seed", str(self.seed)]
-        # On the CPU it is a rehearsal; the option is left out, as runtimes without devices know none.
-        return [*line, "--val-every", "0", *(["--device", self.device] if self.device != "cpu" else [])]
+        return [*line, "--val-every", "0", "--device", self.device]
 
     @property
     def run(self) -> Path:
@@ -241,7 +241,7 @@ def _rest(options: argparse.Namespace) -> tuple[int, str, int]:
 
 def _folder(network: str, name: str, options: argparse.Namespace) -> str:
     slug = name.replace(", d = ", "-d").replace(" ", "-")
-    return f"{network}-{slug}-{options.epochs}-epochs-seed-{options.seed}"
+    return f"{network}-{slug}-{options.device}-{options.epochs}-epochs-seed-{options.seed}"
 
 
 if __name__ == "__main__":

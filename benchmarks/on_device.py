@@ -10,7 +10,7 @@ import numpy as np
 from device_tests.device.golden_steps import EXPECTED, losses
 from edgelocal.bundle.folder import open_bundle
 from edgelocal.runtime.block import Block
-from edgelocal.runtime.cuda import cuda_provider
+from edgelocal.runtime.cuda import open_cuda
 from edgelocal.runtime.graphs import GraphPool
 from edgelocal.runtime.provider import CPU, Provider
 
@@ -24,7 +24,7 @@ def make_provider(device: str, *, tf32: bool = False) -> Provider:
     Raises:
         RuntimeMissingError: there is none.
     """
-    return cuda_provider(tf32=tf32) if device == "cuda" else CPU
+    return open_cuda(tf32=tf32).provider(None, None) if device == "cuda" else CPU
 
 
 def golden_error(provider: Provider) -> float:

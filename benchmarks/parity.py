@@ -1,7 +1,7 @@
 """Step graphs in ONNX Runtime against eager PyTorch: the same training, the same numbers, how far apart?
 
     python benchmarks/parity.py [--steps 20] [--networks resnet20,vit] [--optimizers adamw] [--json] [--write]
-    python benchmarks/parity.py --device cuda [--tf32] --result out/cuda/result.json
+    python benchmarks/parity.py --device cuda [--tf32 | --bf16] --result out/cuda/result.json
 
 Every case trains in eager PyTorch in float64, which is taken for the truth. Before every step the same state is given
 to the exported step graphs (float32) and to eager PyTorch in float32, and all three do the step on the same batch.
@@ -37,10 +37,14 @@ import numpy as np
 import onnxruntime
 import torch
 from on_device import DEVICES, golden_error, make_provider
-from parity_training import TASK, Errors, Graphs, Sample, compare
+from parity_training import TASK, Errors, Export, Graphs, Sample, compare
 
-from edgelocal.bundle.spec import RuleSpec
+from edgelocal.bundle.spec import RuleSpec, TaskSpec
 from edgelocal.exporters import zoo
+from edgelocal.exporters.bfloat16 import in_bfloat16
+from edgelocal.exporters.forms import FORMS
+from edgelocal.exporters.onnx_block import ExportedGraph
+from edgelocal.exporters.onnx_step import step_graph
 from edgelocal.exporters.optimizers import Optimizer, adamw, sgd
 from edgelocal.exporters.partition import partition
 from edgelocal.exporters.rules import LocalBlock, build_blocks
@@ -96,12 +100,24 @@ def batches(steps: int, shape: tuple[int, ...] = SHAPE) -> list[Sample]:
     return [(rng.standard_normal((BATCH, *shape), dtype=np.float32), rng.integers(0, 10, BATCH)) for _ in range(steps)]
 
 
-def measure(case: Case, steps: int, provider: Provider = CPU) -> Row:
+def graphs_for(device: str, bf16: bool) -> Export:
+    """What exports step graphs in the forms of this device (exporters/forms.py), with matrix products in bfloat16."""
+
+    def export(
+        block: LocalBlock, task: TaskSpec, optimizer: Optimizer, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> ExportedGraph:
+        found = step_graph(block, task, optimizer, shape, dtype, FORMS[device])
+        return in_bfloat16(found) if bf16 else found
+
+    return export
+
+
+def measure(case: Case, steps: int, provider: Provider = CPU, export: Export = step_graph) -> Row:
     """One line of the table."""
     began = time.perf_counter()
     make, lr = OPTIMIZERS[case.optimizer]
     blocks = make_blocks(case.network, case.blocks)
-    graphs = Graphs(blocks, make(), SHAPE, provider, BATCH)
+    graphs = Graphs(blocks, make(), SHAPE, provider, BATCH, export)
     graph, eager = compare(blocks, graphs, batches(steps), lr)
     return Row(case, steps, graph, eager, time.perf_counter() - began)
 
@@ -168,13 +184,14 @@ def label(case: Case) -> str:
 
 def measure_kept(wanted: Sequence[Case], arguments: argparse.Namespace) -> list[Row]:
     """The rows of these cases on the device asked for, those that the result has not being measured now."""
-    precision = "tf32" if arguments.tf32 else "float32"
+    precision = "tf32" if arguments.tf32 else "bf16" if arguments.bf16 else "float32"
     kept = cuda_result.read(arguments.result, arguments.device).get("parity", {}).get(precision, {})
     provider, rows = make_provider(arguments.device, tf32=arguments.tf32), []
-    if arguments.result and "golden" not in kept:
+    if arguments.result and not arguments.bf16 and "golden" not in kept:  # the golden bundle is float32
         kept["golden"] = golden_error(provider)
         cuda_result.put(arguments.result, arguments.device, ("parity", precision), kept)
         print(f"20 golden steps: largest relative error of a loss {kept['golden']:.1e}", file=sys.stderr, flush=True)
+    export = graphs_for(arguments.device, arguments.bf16)
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
     for case in wanted:
         name = f"{label(case)}, {arguments.steps} steps"
@@ -182,7 +199,7 @@ def measure_kept(wanted: Sequence[Case], arguments: argparse.Namespace) -> list[
             print("the time is up: give the same command again, and it goes on from here", file=sys.stderr)
             break
         if name not in kept:
-            kept[name] = asdict(measure(case, arguments.steps, provider))
+            kept[name] = asdict(measure(case, arguments.steps, provider, export))
             if arguments.result:
                 cuda_result.put(arguments.result, arguments.device, ("parity", precision), kept)
         rows.append(as_row(kept[name]))
@@ -205,6 +222,7 @@ def main() -> None:
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="of the step graphs")
     parser.add_argument("--tf32", action="store_true", help="let the GPU round products to 10 bits")
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16, on a GPU")
     parser.add_argument("--result", type=Path, help="keep rows in this file, and take those that are there")
     parser.add_argument("--minutes", type=float, default=0, help="begin no row after these; 0: no limit")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -214,6 +232,8 @@ def main() -> None:
         parser.error(
             f"docs/{PAGE.name} is of the CPU: give --result, and draw docs/cuda.md by benchmarks/cuda.py --write"
         )
+    if arguments.device == "cpu" and (arguments.tf32 or arguments.bf16):
+        parser.error("--tf32 and --bf16 are for GPUs: give --device cuda with them")
     # One thread, as bits depend on it; beside a GPU the CPU only computes what is taken for the truth.
     torch.set_num_threads(1 if arguments.device == "cpu" else describe().cores)
     wanted = cases(arguments.networks.split(","), arguments.optimizers.split(","))

@@ -6,7 +6,7 @@ Errors are relative, norm against norm, to eager PyTorch in float64.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from edgelocal.runtime.provider import CPU, Provider
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 Sample = tuple[Array, Array]
+Export = Callable[[LocalBlock, TaskSpec, Optimizer, tuple[int, ...], torch.dtype], ExportedGraph]
 
 TASK = TaskSpec("cross_entropy", 10, 0.0, ())
 TINY = 1e-2  # a tensor smaller than this (root mean square) counts as of this size: AdamW moves noise by whole steps
@@ -53,11 +54,12 @@ class Graphs:
         shape: Sequence[int],
         provider: Provider = CPU,
         batch: int | None = None,
+        export: Export = step_graph,
     ) -> None:
         self.optimizer = optimizer
         self.graphs: list[ExportedGraph] = []
         for block in blocks:
-            self.graphs.append(step_graph(block, TASK, optimizer, tuple(shape), torch.float32))
+            self.graphs.append(export(block, TASK, optimizer, tuple(shape), torch.float32))
             shape = [int(d) for d in self.graphs[-1].output("h").shape[1:]]
         fixed = batch if provider.fixed_batch else None
         self.sessions = [provider.session(graph.model.SerializeToString(), 1, fixed) for graph in self.graphs]

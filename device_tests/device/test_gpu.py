@@ -19,8 +19,9 @@ from device_tests.device.golden_steps import EXPECTED, losses
 from device_tests.device.runs import GOLDEN
 from edgelocal.bundle.folder import open_bundle
 from edgelocal.errors import OverBudgetError, RuntimeMissingError
+from edgelocal.machine.gpu_memory import device_memory
 from edgelocal.runtime.block import Block
-from edgelocal.runtime.cuda import NAME, cuda_provider, device_memory
+from edgelocal.runtime.cuda import NAME, open_cuda
 from edgelocal.runtime.graphs import GraphPool
 from edgelocal.runtime.library import runtime
 from edgelocal.runtime.pages import PageFile
@@ -40,8 +41,7 @@ def why_no_gpu() -> str:
         return f"this ONNX Runtime has no {NAME}"
     try:
         cuda()
-        device_memory()
-    except (RuntimeMissingError, RuntimeError) as error:  # the second is the runtime's own, without its libraries
+    except RuntimeMissingError as error:
         return f"no CUDA device: {error}"
     return ""
 
@@ -49,7 +49,7 @@ def why_no_gpu() -> str:
 @cache
 def cuda() -> Provider:
     """The CUDA provider; once, since its arena is that of the process."""
-    return cuda_provider()
+    return open_cuda().provider(None, None)
 
 
 @cache

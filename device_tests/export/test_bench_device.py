@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +11,9 @@ import torch
 
 from edgelocal.bundle.spec import RuleSpec, TaskSpec
 from edgelocal.errors import UsageError
-from edgelocal.exporters.bench import own_side
+from edgelocal.exporters.bench import meters, own_side
 from edgelocal.exporters.bench.meters import CudaMeter, Peak
-from edgelocal.exporters.bench.own_side import device_options
+from edgelocal.exporters.bench.own_side import device_options, export_request
 from edgelocal.exporters.bench.result import Setting
 from edgelocal.exporters.bench.torch_steps import LR, Mode, local_step
 from edgelocal.exporters.optimizers import sgd
@@ -43,22 +42,13 @@ def test_the_local_program_is_the_training_that_graphs_are_compared_with() -> No
 
 
 class Device:
-    """What `torch.cuda` and NVML would say of a device on which others hold 100 bytes."""
+    """A GPU on which this process holds `used` bytes; the first tensor brings the context."""
 
     def __init__(self) -> None:
-        self.used, self.peak = 100, 0
+        self.used, self.allocated, self.emptied = 0, 0, 0
 
-    def nvmlInit(self) -> None:  # noqa: N802 (the name is the library's)
-        """Nothing to do."""
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 1
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index
-
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:  # noqa: N802
-        return SimpleNamespace(used=self.used)
+    def used_bytes(self) -> int:
+        return self.used
 
 
 @pytest.fixture
@@ -66,47 +56,39 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     found = Device()
 
     def ones(*size: int, device: str) -> torch.Tensor:
-        found.used += 500  # the context
+        found.used += 500
         return torch.zeros(1)
 
     def forget() -> None:
-        found.peak = 0
+        found.allocated = 0
+
+    def empty() -> None:
+        found.emptied += 1
 
     for name, fake in {
         "is_available": lambda: True,
-        "mem_get_info": lambda: (10_000 - found.used, 10_000),
         "synchronize": lambda: None,
-        "empty_cache": lambda: None,
+        "empty_cache": empty,
         "reset_peak_memory_stats": forget,
-        "max_memory_allocated": lambda: found.peak,
+        "max_memory_allocated": lambda: found.allocated,
         "max_memory_reserved": lambda: 70,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch, "ones", ones)
-    monkeypatch.setitem(sys.modules, "pynvml", found)  # type: ignore[arg-type]
+    monkeypatch.setattr(meters, "gpu_meter", lambda: found)
     return found
 
 
-def test_context_and_process_are_told_apart_from_what_others_hold(device: Device) -> None:
+def test_context_allocator_and_process_are_told_apart(device: Device) -> None:
     meter = CudaMeter()
-    device.used, device.peak = 100 + 500 + 90, 80
+    device.used, device.allocated = 500 + 90, 80
     meter.warmed()
-    device.peak = 60
-    assert meter.read() == Peak(500, 60, 590, 70)
-
-
-def test_without_nvml_the_cuda_runtime_is_asked(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    device.used = 0
-    meter = CudaMeter()
-    device.used += 90
     assert meter.read() == Peak(500, 0, 590, 70)
-
-
-def test_of_several_devices_nvml_might_mean_another(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Device, "nvmlDeviceGetCount", lambda self: 2)
-    device.used = 0
-    assert CudaMeter().read().idle_bytes == 500
+    device.allocated = 60
+    assert meter.read() == Peak(500, 60, 590, 70)
+    assert not device.emptied  # what the allocator keeps belongs to the peak
+    meter.restart()
+    assert (meter.read().working_set_bytes, device.emptied) == (0, 1)
 
 
 def test_no_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +115,14 @@ def test_what_the_command_is_told() -> None:
     assert device_options(Setting("resnet8")) == []
     assert device_options(GPU) == ["--device", "cuda"]
     assert device_options(Setting("resnet8", device="cuda", precision="tf32")) == ["--device", "cuda", "--tf32"]
-    with pytest.raises(UsageError, match="no convolution in bfloat16"):
-        device_options(Setting("resnet8", device="cuda", precision="bf16"))
+    assert device_options(Setting("resnet8", device="cuda", precision="bf16")) == ["--device", "cuda"]
+
+
+def test_bundles_are_exported_for_the_device() -> None:
+    assert export_request(Setting("resnet8"), rule="bp").targets == ("cpu",)
+    assert export_request(GPU, rule="bp").targets == ("cuda",)
+    assert export_request(replace(GPU, precision="tf32"), rule="bp").precision == "float32"
+    assert export_request(replace(GPU, precision="bf16"), rule="bp").precision == "bfloat16"
 
 
 def test_a_mode_is_checked() -> None:

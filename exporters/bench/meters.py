@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from edgelocal.errors import UsageError
 from edgelocal.exporters.bench.result import Setting
 from edgelocal.machine.budget import peak_rss_bytes, reset_peak, rss_bytes
+from edgelocal.machine.gpu_memory import gpu_meter
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,9 @@ class CudaMeter:
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: this PyTorch sees no CUDA device; check `nvidia-smi` and the installation")
-        self._used = _used_by_all()
-        before = self._used() if self._used is not _of_the_runtime else 0
+        self._process = gpu_meter()  # before there is a context, so that it is counted; the same that trainings have
         torch.ones(8, device="cuda").sum().item()
-        self._before, self._idle = before, self._used() - before
+        self._idle = self._process.used_bytes()
 
     def warmed(self) -> None:
         """The peak of the allocator counts from here."""
@@ -98,29 +96,5 @@ class CudaMeter:
     def read(self) -> Peak:
         """See `Meter`."""
         torch.cuda.synchronize()
-        taken = self._used() - self._before
+        taken = self._process.used_bytes()
         return Peak(self._idle, torch.cuda.max_memory_allocated(), taken, torch.cuda.max_memory_reserved())
-
-
-def _of_the_runtime() -> int:
-    """Bytes of the device that are taken, by all processes and the driver; makes the context."""
-    free, total = torch.cuda.mem_get_info()
-    return total - free
-
-
-def _used_by_all() -> Callable[[], int]:
-    """What reads the bytes of the device that are taken: NVML where it is installed (nvidia-ml-py), which needs no
-    context and so can be asked before there is one; else the CUDA runtime, on a device that nobody else uses.
-
-    NVML numbers devices by itself, so with several of them it is not asked.
-    """
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-        if nvml.nvmlDeviceGetCount() != 1:
-            return _of_the_runtime
-        handle = nvml.nvmlDeviceGetHandleByIndex(0)
-        nvml.nvmlDeviceGetMemoryInfo(handle)
-    except Exception:  # noqa: BLE001 (whatever it lacks: the module, the library, a permission)
-        return _of_the_runtime
-    return lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).used)

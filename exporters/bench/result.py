@@ -10,7 +10,7 @@ from edgelocal.errors import UsageError
 
 LEAST_BATCH = 2  # batch norm has no variance over one sample
 DEVICES = ("cpu", "cuda")
-PRECISIONS = ("float32", "tf32", "bf16")  # bf16: PyTorch's autocast, on its side alone
+PRECISIONS = ("float32", "tf32", "bf16")  # bf16: PyTorch's autocast, on our side the matrix products alone
 
 
 @dataclass(frozen=True)
