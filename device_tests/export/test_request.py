@@ -44,6 +44,7 @@ def test_every_option_of_the_command_line_reaches_the_request() -> None:
     line += " --class-names a,b --normalize 0.5/0.25 --loss bce --label-smoothing 0.125 --optimizer adamw"
     line += " --weight-decay 0.5 --pad 1 --pad-mode zero --no-flip --batch 7 --epochs 3 --lr 0.5"
     line += " --lr-schedule step --weights w.pt --partial-weights --seed 9 --runtime both"
+    line += " --target cuda --precision bfloat16"
     options = ExportOptions(**typed(*line.split()))
     found = make_request("resnet8", options)
     assert (found.network, found.blocks) == ("resnet8", 3)
@@ -54,7 +55,7 @@ def test_every_option_of_the_command_line_reaches_the_request() -> None:
     assert found.augment == AugmentSpec(1, "zero", False)
     assert found.defaults == DefaultsSpec(7, 3, 0.5, "step")
     assert (found.weights, found.partial_weights, found.seed) == (Path("w.pt"), True, 9)
-    assert found.runtime == "both"
+    assert (found.runtime, found.target, found.precision) == ("both", "cuda", "bfloat16")
     plain = ExportOptions(**typed("--momentum", "0.5", "--no-nesterov", "--memory-budget", "1MiB"))
     assert make_request("resnet8", plain).optimizer.hyper["momentum"] == 0.5
     assert make_request("resnet8", plain).optimizer.name == "sgd"
@@ -204,3 +205,24 @@ def test_requests_are_checked_before_anything_is_built(changes: dict[str, Any], 
 )
 def test_the_limits_themselves_are_taken(changes: dict[str, Any]) -> None:
     request(**changes).check()
+
+
+@pytest.mark.parametrize("target", ["cpu", "both"])
+def test_bfloat16_is_for_cuda_alone(target: str) -> None:
+    with pytest.raises(UsageError, match=f"--precision bfloat16 with --target {target}: .* export with --target cuda"):
+        request(target=target, precision="bfloat16").check()
+    request(target="cuda", precision="bfloat16").check()
+
+
+@pytest.mark.parametrize("target", ["cuda", "both"])
+def test_artifacts_alone_are_for_the_cpu(target: str) -> None:
+    with pytest.raises(UsageError, match=f"--runtime ort-training with --target {target}: the artifacts train on the"):
+        request(runtime="ort-training", target=target).check()
+    request(runtime="both", target=target).check()
+
+
+def test_unknown_targets_and_precisions_are_refused() -> None:
+    with pytest.raises(UsageError, match="no target 'npu'; choose one of cpu, cuda, both"):
+        request(target="npu").check()
+    with pytest.raises(UsageError, match="no precision 'float16'; choose one of float32, bfloat16"):
+        request(precision="float16").check()

@@ -56,6 +56,9 @@ def _register_unary() -> None:
             return b.op(op_type, operand(b, x, result_dtype(node)))
 
 
+_OF_TRUTH = {"Mul": "And", "Max": "Or", "Min": "And"}  # what arithmetic on bool is, which has no kernels
+
+
 def _register_binary() -> None:
     arithmetic = {
         "Mul": [aten.mul.Tensor, aten.mul.Scalar],
@@ -69,7 +72,8 @@ def _register_binary() -> None:
         @lowers(*overloads)
         def binary(b: GraphBuilder, node: fx.Node, x: Operand, y: Operand, op_type: str = op_type) -> str:
             dtype = result_dtype(node)
-            return b.op(op_type, operand(b, x, dtype), operand(b, y, dtype))
+            kind = _OF_TRUTH.get(op_type, op_type) if dtype == torch.bool else op_type
+            return b.op(kind, operand(b, x, dtype), operand(b, y, dtype))
 
     comparisons = {
         "Equal": [aten.eq.Tensor, aten.eq.Scalar],
@@ -177,7 +181,10 @@ def _clamp(b: GraphBuilder, node: fx.Node, x: Value, low: Operand | None = None,
 @lowers(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def _where(b: GraphBuilder, node: fx.Node, condition: Value, x: Operand, y: Operand) -> str:
     dtype = result_dtype(node)
-    return b.op("Where", operand(b, condition, torch.bool), operand(b, x, dtype), operand(b, y, dtype))
+    chosen, first, second = (operand(b, v, t) for v, t in ((condition, torch.bool), (x, dtype), (y, dtype)))
+    if dtype == torch.bool:  # ONNX Runtime's CUDA provider has no Where for it
+        return b.op("Or", b.op("And", chosen, first), b.op("And", b.op("Not", chosen), second))
+    return b.op("Where", chosen, first, second)
 
 
 @lowers(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
