@@ -27,6 +27,7 @@ class Tally:
     held: int = CONTEXT
     takes: int = 0
     source: str = "pretended"
+    counts_context: bool = True
 
     def used_bytes(self) -> int:
         """What was told, and more at every look."""

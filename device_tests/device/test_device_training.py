@@ -226,3 +226,13 @@ def test_a_runtime_without_cuda_is_said_before_anything_is_written(
         data = ("--data", tmp_path / "d.npz")
         said = run("eval", tmp_path / "cpu", *data, "--device", "cuda", capsys=capsys, code=2)["said"]
     assert "has no CUDAExecutionProvider" in said
+
+
+def test_a_context_that_nobody_counts_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = pretend(monkeypatch)
+    there.meter.counts_context = False
+    found = train(ARTIFACTS, tmp_path, "cuda", capsys, *PORTABLE)
+    assert found["device"]["context_bytes"] is None
+    assert any("neither budget nor peak counts it" in note for note in found["notes"])

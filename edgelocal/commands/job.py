@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelocal.bundle.folder import Bundle
-from edgelocal.commands.on_device import CPU_REQUEST, DeviceRequest, device_report, fallback_notes
+from edgelocal.commands.on_device import CPU_REQUEST, DeviceRequest, device_notes, device_report
 from edgelocal.commands.progress import Display
 from edgelocal.commands.run_report import make_report
 from edgelocal.data.formats.base import Dataset
@@ -205,7 +205,7 @@ class Job:
         scores = trainer.validate(watcher, trainer.blocks, exits=True)
         trainer.memory.check()
         if self._device is not None:
-            self._note(fallback_notes(trainer.blocks[0].provider))
+            self._note(device_notes(self._device, trainer.blocks[0].provider))
         report = make_report(trainer, self._info, self._idle_bytes, scores, self._notes, folder.metrics)
         if self._device is not None:
             report["device"] = device_report(self._device, trainer)

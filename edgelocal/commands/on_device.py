@@ -47,15 +47,20 @@ def open_device(request: DeviceRequest, *, bounded: bool) -> Accelerator | None:
     return open_cuda(tf32=request.tf32, may_fall_back=request.may_fall_back, bounded=bounded)
 
 
-def fallback_notes(provider: Provider) -> list[str]:
-    """What ran on the CPU although a device was asked for."""
+def device_notes(device: Accelerator, provider: Provider) -> list[str]:
+    """What ran on the CPU although a device was asked for, and what its memory's meter cannot see."""
+    notes = []
     found = provider.strays
     if found:
         listed = ", ".join(f"{count} {name}" for name, count in found.most_common())
-        return [f"{found.total()} nodes ran on the CPU, as --allow-cpu-fallback permits: {listed}"]
+        notes.append(f"{found.total()} nodes ran on the CPU, as --allow-cpu-fallback permits: {listed}")
     if provider.may_fall_back and not provider.tells:
-        return ["this runtime does not tell which nodes run on the CPU; onnxruntime-gpu 1.24.1 and later do"]
-    return []
+        notes.append("this runtime does not tell which nodes run on the CPU; onnxruntime-gpu 1.24.1 and later do")
+    if not device.meter.counts_context:
+        notes.append(
+            "nothing on this machine tells what CUDA's context takes of the device, so neither budget nor peak counts it"
+        )
+    return notes
 
 
 def device_report(device: Accelerator, trainer: Trainer) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def device_report(device: Accelerator, trainer: Trainer) -> dict[str, Any]:
         "tf32": device.tf32,
         "measured_by": device.meter.source,
         "peak_bytes": trainer.memory.device_peak_bytes,
-        "context_bytes": device.needs.context,
+        "context_bytes": device.needs.context if device.meter.counts_context else None,
         "arena_bytes": arena,
         "workspace_bytes": max(0, arena - planned.tensors) if planned else None,
         "outside_bytes": max(0, kept - device.needs.context),

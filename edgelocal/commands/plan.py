@@ -264,7 +264,7 @@ def _device_needs(request: PlanRequest, profile: Profile | None) -> DeviceNeeds 
         return None if device is None else device.needs
     if not profile.cuda_context_bytes:
         raise UsageError(f"{profile.name} has no GPU that CUDA knows: plan for its CPU, or choose another --profile")
-    most = None if profile.shared_memory else profile.device_memory_bytes
+    most = None if profile.shared_memory else profile.device_usable_bytes
     return DeviceNeeds(profile.cuda_context_bytes, most, WORKSPACE_BYTES, profile.shared_memory)
 
 

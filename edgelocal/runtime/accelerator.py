@@ -26,6 +26,10 @@ class Meter(Protocol):
     def source(self) -> str:
         """Who says so: "nvml" or "driver"."""
 
+    @property
+    def counts_context(self) -> bool:
+        """Whether the process's context is part of what it is said to hold."""
+
     def used_bytes(self) -> int:
         """What this process holds there; where only the device as a whole can be seen, what it became fuller by."""
 
