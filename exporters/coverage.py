@@ -77,14 +77,14 @@ def _reason(node: onnx.NodeProto, found: Found, made: set[str]) -> str:
     """Why a node needs the CPU; empty if it does not."""
     kinds = KERNELS.get(node.op_type)
     if kinds is None:
-        return "has no kernel there"
+        return "has no kernel"
     dtype = found[node.input[DECIDING.get(node.op_type, 0)]][0]
     name = _NAMES.get(dtype, f"type {dtype}")
     if name not in kinds:
-        return f"has no kernel for {name} there"
+        return f"has no kernel for {name}"
     waits = [node.input[i] for i in ON_HOST.get(node.op_type, ()) if i < len(node.input)]
     if any(value in made for value in waits):
-        return "waits there for a size that depends on the values of a tensor"
+        return "waits for a size that depends on the values of a tensor"
     return _refused({a.name: helper.get_attribute_value(a) for a in node.attribute}, node.op_type)
 
 
@@ -95,11 +95,11 @@ def _refused(attributes: Mapping[str, object], operator: str) -> str:
         assert isinstance(pads, (list, tuple))
         half = len(pads) // 2
         if pads[:half] != pads[half:] or attributes.get("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER"):
-            return "has no kernel for pads that are not symmetric there"
+            return "has no kernel for pads that are not symmetric"
     if operator in ("ArgMax", "ArgMin") and attributes.get("select_last_index", 0):
-        return "has no kernel that finds the last of equal values there"
+        return "has no kernel that finds the last of equal values"
     if operator == "Cast" and attributes.get("to") not in _NAMES:
-        return "has no kernel for the type it casts to there"
+        return "has no kernel for the type it casts to"
     if operator == "Pad" and attributes.get("mode") == b"wrap":
-        return "has no kernel for mode wrap there"
+        return "has no kernel for mode wrap"
     return ""

@@ -39,5 +39,5 @@ class Forms:
 
 
 CPU = Forms("products", "tap", 128 * 128, "flipped", "folded")
-CUDA = Forms("products", "row", 64 * 64, "transposed", "computed")
+CUDA = Forms("products", "tap", 64 * 64, "transposed", "computed")
 FORMS: Mapping[str, Forms] = MappingProxyType({"cpu": CPU, "cuda": CUDA})

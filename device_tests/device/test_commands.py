@@ -150,10 +150,10 @@ def test_the_documentation_names_commands_and_options_that_exist() -> None:
         for word in re.findall(r"(?:`|^ {4})edgelocal ([a-z]+)", text, re.MULTILINE):
             assert word in known, f"{path.name}: edgelocal {word}"
         for name, rest in re.findall(rf"(?:`|^ {{4}})(?:edgelocal )?({names})\b([^`\n#]*)", text, re.MULTILINE):
-            for option in re.findall(r"(?<![\w/.-])--[a-z-]+", rest):
+            for option in re.findall(r"(?<![\w/.-])--[a-z0-9-]+", rest):
                 assert option in options_of(known[name]), f"{path.name}: {name} {option}"
                 lines += 1
-        for option in re.findall(r"`(--[a-z-]+)", text):
+        for option in re.findall(r"`(--[a-z0-9-]+)", text):
             assert option in everywhere, f"{path.name}: {option}"
             alone += 1
     assert lines > 20, "command lines are found"

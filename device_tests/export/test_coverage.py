@@ -239,7 +239,7 @@ TRAPS: list[tuple[str, onnx.ModelProto, str]] = [
     ),
     ("int64 Pad", model_of(helper.make_node("Pad", ["x"], ["y"]), TensorProto.INT64, PADS), "no kernel for int64"),
     ("bool Max", model_of(helper.make_node("Max", ["x"], ["y"]), TensorProto.BOOL), "no kernel for bool"),
-    ("no kernel", model_of(helper.make_node("Mish", ["x"], ["y"]), TensorProto.FLOAT), "has no kernel there"),
+    ("no kernel", model_of(helper.make_node("Mish", ["x"], ["y"]), TensorProto.FLOAT), "has no kernel"),
     (
         "the last maximum",
         model_of(helper.make_node("ArgMax", ["x"], ["y"], select_last_index=1), TensorProto.FLOAT),
@@ -269,5 +269,5 @@ def test_a_size_that_depends_on_values_is_found() -> None:
     graph = helper.make_graph([nodes[0], nodes[2], nodes[1]], "sizes", [x, k], [y], [one])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     assert [(s.operator, s.reason) for s in strays(model, 4)] == [
-        ("Tile", "waits there for a size that depends on the values of a tensor")
+        ("Tile", "waits for a size that depends on the values of a tensor")
     ]
