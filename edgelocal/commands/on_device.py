@@ -57,9 +57,7 @@ def device_notes(device: Accelerator, provider: Provider) -> list[str]:
     if provider.may_fall_back and not provider.tells:
         notes.append("this runtime does not tell which nodes run on the CPU; onnxruntime-gpu 1.24.1 and later do")
     if not device.meter.counts_context:
-        notes.append(
-            "nothing here tells what CUDA's context takes of the device, so neither budget nor peak counts it"
-        )
+        notes.append("nothing here tells what CUDA's context takes of the device, so neither budget nor peak counts it")
     return notes
 
 

@@ -11,18 +11,26 @@ _IR, _OPSET, _FLOAT32 = 8, 13, 1
 
 
 def tiny_model(
-    nodes: Sequence[Node], inputs: Mapping[str, tuple[int, ...]], output: tuple[str, tuple[int, ...]]
+    nodes: Sequence[Node],
+    inputs: Mapping[str, tuple[int, ...]],
+    output: tuple[str, tuple[int, ...]],
+    constants: Sequence[str] = (),
 ) -> bytes:
-    """An ONNX model of these nodes, all tensors float32."""
+    """An ONNX model of these nodes, all tensors float32; `constants` are zeros of shape (1,)."""
     graph = render(
         [
             *((1, BYTES, _node(*node)) for node in nodes),
             (2, BYTES, b"first"),
+            *((5, BYTES, _zero(name)) for name in constants),
             *((11, BYTES, _value(name, shape)) for name, shape in inputs.items()),
             (12, BYTES, _value(*output)),
         ]
     )
     return render([(1, VARINT, _IR), (7, BYTES, graph), (8, BYTES, render([(2, VARINT, _OPSET)]))])
+
+
+def _zero(name: str) -> bytes:
+    return render([(1, VARINT, 1), (2, VARINT, _FLOAT32), (8, BYTES, name.encode()), (9, BYTES, bytes(4))])
 
 
 def _node(operator: str, inputs: Sequence[str], output: str) -> bytes:
