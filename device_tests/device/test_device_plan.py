@@ -34,7 +34,7 @@ def test_tensors_are_on_the_device_graphs_and_data_on_the_host() -> None:
     needs = [block_needs(block) for block in NETWORK.blocks]
     touched = max(n.whole.arena(16).touched for n in needs)
     working = max(sum(n.whole.written.values()) + n.input.at(16) + n.output.at(16) for n in needs)
-    ahead = needs[0].source.at(16)  # the next batch
+    ahead = 2 * needs[0].source.at(16)  # two batches in turn
     assert found.device.tensors == touched + sum(states()) + working + ahead
     assert found.device.peak == DEVICE.context + DEVICE.workspace + found.device.tensors
     graphs = sum(graph_bytes(block.step) for block in NETWORK.blocks)

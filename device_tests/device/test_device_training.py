@@ -197,7 +197,7 @@ def test_the_terminal_and_the_page_show_the_device(
     shown = " ".join(capsys.readouterr().out.split())
     page = (tmp_path / "page.html").read_text()
     for text in (shown, page):
-        assert "memory on a CPU, measured by pretended" in text
+        assert "emory on a CPU, measured by pretended" in text
         assert "computed on a CPU without TF32; 0 nodes ran on the CPU" in text
         assert format_size(found["device"]["planned"]["tensors_bytes"]) in text
 

@@ -229,7 +229,7 @@ class Workload:
             + n.output.at(self.batch)
             for i, (n, size) in enumerate(zip(self.needs, micro, strict=True))
         )
-        ahead = 0 if self.device is None else self._making  # the next batch is made while the current one computes
+        ahead = 0 if self.device is None else self.pipeline.making + self._uploads
         return states + ahead + self._common(graphs) + max(working, self._between(resident))
 
     def _common(self, graphs: int) -> int:
@@ -240,6 +240,14 @@ class Workload:
     def _making(self) -> int:
         """A batch, and what making it takes."""
         return self.pipeline.making + self.needs[0].source.at(self.batch)
+
+    @property
+    def _uploads(self) -> int:
+        """Memory of a device for the batch that computes and the one that is brought up meanwhile, used in turn."""
+        two = 2 * self.needs[0].source.at(self.batch)
+        if self.schedule == "interleaved":
+            return two
+        return max(two, *(n.input.at(self.batch) for n in self.needs))  # from a cache, one of them the block's input
 
     def _between(self, resident: frozenset[int]) -> int:
         """What else is there while a batch is made or passes through the network in inference mode."""

@@ -122,7 +122,7 @@ def _sections(report: Report) -> list[Markup]:
     found = [tag("section", tag("h2", "Blocks"), table(_block_rows(report)), id="blocks")]
     if report.device is not None:
         rows, said = table(device_rows(report)), tag("p", device_text(report))
-        found.append(tag("section", tag("h2", device_title(report.device)), rows, said, id="device"))
+        found.append(tag("section", tag("h2", _capitalised(device_title(report.device))), rows, said, id="device"))
     places = tag("div", tag("h2", "What was run where"), facts(_places(report)))
     settings = tag("div", tag("h2", "Settings"), facts(_settings(report)))
     found.append(tag("section", tag("div", places, settings, class_="two"), id="run"))
@@ -170,6 +170,10 @@ def _block_rows(report: Report) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _units(units: Sequence[str] | None) -> str:
