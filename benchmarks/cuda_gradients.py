@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean, median
 
+import cuda_result
 import numpy as np
 import onnx
 import torch
@@ -38,10 +38,8 @@ from edgelocal.exporters.memory.simulate import arena_peak
 from edgelocal.exporters.onnx_graph import GraphBuilder, Value, value_info
 from edgelocal.runtime.arena import releasing
 from edgelocal.runtime.cuda import cuda_provider, device_memory
-from edgelocal.runtime.library import runtime
 from edgelocal.runtime.provider import CPU, Provider
 
-PAGE = Path(__file__).parent.parent / "docs" / "cuda-gradients.md"
 BATCHED, MERGED = 1 << 30, 0
 PYTORCH = "PyTorch"
 WARM_UPS = 3  # the second run of a shape may plan its memory, the first chooses kernels
@@ -212,26 +210,22 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def page(rows: Sequence[Row], device: str, tf32: bool, command: str) -> str:
-    """docs/cuda-gradients.md."""
-    versions = f"torch {torch.__version__}, onnxruntime {runtime().__version__}, Python {platform.python_version()}"
+def section(rows: Sequence[Row], tf32: bool, command: str) -> str:
+    """What docs/cuda.md has of it."""
     found = "\n".join(f"- {line}" for line in verdict(rows))
-    return f"""# Gradients of convolutions on CUDA, form by form
-
-On {device}, float32, TF32 {"on" if tf32 else "off"}, median of interleaved runs. The forms are those of
-`exporters/forms.py`; a star marks what is exported for CUDA (docs/decisions/0016). Memory is what a run takes of the
-device beside inputs and result, arena what of it the exporter foresees.
+    precision = "on" if tf32 else "off"
+    return f"""float32, TF32 {precision}, median of interleaved runs. The forms are those of `exporters/forms.py`; a
+star marks what is exported for CUDA (docs/decisions/0016). Memory is what a run takes of the device beside inputs and
+result, arena what of it the exporter foresees. Measured by `{command}`.
 
 {found}
 
 {table(rows)}
-
-Written by `{command}`; {versions}.
 """
 
 
 def main() -> None:
-    """Measure, print, and with --write replace the page."""
+    """Measure, print, and with --write keep it for docs/cuda.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--tf32", action="store_true", help="let both programs round products to TF32")
@@ -239,7 +233,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="samples, in place of each shape's own")
     parser.add_argument("--shapes", default=",".join(str(i + 1) for i in range(len(SHAPES))), help="numbers from 1 on")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--write", action="store_true", help=f"write docs/{PAGE.name}; on cuda only")
+    parser.add_argument("--write", action="store_true", help="keep it for docs/cuda.md; on cuda only")
+    parser.add_argument("--result", type=Path, default=cuda_result.FILE, help="the file that keeps it")
     options = parser.parse_args()
     if options.write and options.device != "cuda":
         parser.error("--write is for --device cuda: figures of a CPU would be read as those of a GPU")
@@ -253,9 +248,9 @@ def main() -> None:
             rows += measure(shape, gradient, device, options.rounds)
         print(f"{shape}: done", file=sys.stderr, flush=True)
     if options.write:
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CUDA device"
-        command = "python benchmarks/cuda_gradients.py " + " ".join(sys.argv[1:])
-        PAGE.write_text(page(rows, name, options.tf32, command))
+        command = " ".join(["python benchmarks/cuda_gradients.py", *sys.argv[1:]])
+        text = section(rows, options.tf32, command)
+        cuda_result.put(options.result, options.device, ("gradients",), {"markdown": text})
     found = {"device": options.device, "tf32": options.tf32, "rows": [asdict(r) for r in rows]}
     print(json.dumps(found) if options.json else "\n".join([table(rows), "", *verdict(rows)]))
 

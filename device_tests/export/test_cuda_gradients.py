@@ -50,7 +50,7 @@ def test_a_trial_on_the_cpu_measures_time_and_no_memory() -> None:
     assert {row.form for row in rows} == {*benchmark.WEIGHTS, *benchmark.INPUTS, benchmark.PYTORCH}
     assert all(row.seconds > 0 and row.memory_bytes is None for row in rows)
     assert all((row.arena_bytes is None) == (row.form == benchmark.PYTORCH) for row in rows)
-    text = benchmark.page(rows, "a device", False, "the command")
+    text = benchmark.section(rows, False, "the command")
     assert "what is exported for CUDA" in text
     assert text.count(" * |") == 2
 

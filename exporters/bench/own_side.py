@@ -102,8 +102,8 @@ def measure_own(
         "--json",
     ]
     line += ["--checkpoint-seconds", "100000", *device_options(setting)]
-    if budget_bytes is not None:
-        line += ["--memory-budget", str(budget_bytes)]
+    if budget_bytes is not None or setting.device != "cpu":  # on a device a budget is what makes it small
+        line += ["--memory-budget", "auto" if budget_bytes is None else str(budget_bytes)]
     done = subprocess.run(line, capture_output=True, text=True, env=dict(os.environ), check=False)
     if done.returncode == BudgetError.exit_code:
         raise BudgetError(_said(done))
