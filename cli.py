@@ -175,7 +175,8 @@ def train(as_json: bool, **options: Any) -> None:
     """Train BUNDLE block by block into a run folder. The same command continues an interrupted run."""
     from edgelocal.commands.progress import Display
     from edgelocal.commands.signals import stop_signals
-    from edgelocal.commands.train import make_request, train
+    from edgelocal.commands.train import train
+    from edgelocal.commands.train_request import make_request
     from edgelocal.report.terminal import closing_lines, report_table
 
     with stop_signals() as stop:

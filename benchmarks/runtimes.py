@@ -54,7 +54,7 @@ from edgelocal.exporters.rules import build_blocks
 from edgelocal.exporters.units import load_network
 from edgelocal.runtime.library import runtime
 from edgelocal.runtime.tensor import Tensor
-from edgelocal.training.run import load_blocks
+from edgelocal.training.blocks import load_blocks
 
 NETWORKS = ("resnet32", "vgg13", "mobilenetv2", "vit", "mlp")
 INPUTS = {"mlp": "784"}  # others 3x32x32

@@ -10,7 +10,7 @@ import pytest
 
 from edgelocal.commands import train as commands
 from edgelocal.commands.on_device import DeviceRequest
-from edgelocal.memory.peaks import DeviceNeeds
+from edgelocal.memory.needs import DeviceNeeds
 from edgelocal.runtime.accelerator import Accelerator
 from edgelocal.runtime.provider import Provider
 from edgelocal.runtime.tensor import Place

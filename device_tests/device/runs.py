@@ -25,8 +25,8 @@ from edgelocal.data.pipeline import open_dataset
 from edgelocal.runtime.block import Block
 from edgelocal.storage.state import MAGIC, SEAL_BYTES, decode_state
 from edgelocal.storage.tensors import Array, decode, encode
+from edgelocal.training.blocks import load_blocks
 from edgelocal.training.config import TrainConfig
-from edgelocal.training.run import load_blocks
 from edgelocal.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -21,8 +21,8 @@ from edgelocal.data.pipeline import batches
 from edgelocal.errors import StorageError, UsageError
 from edgelocal.machine.budget import PeakMeter
 from edgelocal.runtime.tensor import HOST, Tensor
+from edgelocal.training.blocks import load_blocks
 from edgelocal.training.cache import OutputCache
-from edgelocal.training.run import load_blocks
 
 MIB = 1 << 20
 RNG = np.random.default_rng(4)

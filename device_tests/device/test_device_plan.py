@@ -11,8 +11,8 @@ from device_tests.device.invented import Invented, manifest
 from device_tests.device.test_plan import DATA, IDLE, SETTING
 from edgelocal.bundle.spec import Manifest, graph_bytes
 from edgelocal.errors import BudgetError
-from edgelocal.memory.needs import block_needs
-from edgelocal.memory.peaks import RUNTIME_BYTES, DeviceNeeds, Workload
+from edgelocal.memory.needs import RUNTIME_BYTES, DeviceNeeds, block_needs
+from edgelocal.memory.peaks import Workload
 from edgelocal.memory.plan import make_plan
 from edgelocal.memory.planned import Plan
 

@@ -16,7 +16,7 @@ from device_tests.device.pretended import CONTEXT, WORKSPACE, pretend
 from device_tests.device.runs import ARTIFACTS, DROPOUT, RESIDUAL, write_data
 from edgelocal.cli import main
 from edgelocal.machine.budget import format_size
-from edgelocal.memory.peaks import DeviceNeeds
+from edgelocal.memory.needs import DeviceNeeds
 from edgelocal.runtime.cuda import NAME
 from edgelocal.runtime.library import runtime
 from edgelocal.training.run import open_trained

@@ -24,7 +24,7 @@ from edgelocal.machine.packages import package
 from edgelocal.runtime.library import has_training, runtime
 from edgelocal.runtime.tensor import Tensor
 from edgelocal.storage.tensors import Array
-from edgelocal.training.run import load_blocks
+from edgelocal.training.blocks import load_blocks
 
 TRAINS = has_training()
 training_build = pytest.mark.skipif(not TRAINS, reason="the ONNX Runtime installed here is not a training build")

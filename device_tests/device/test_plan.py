@@ -25,8 +25,8 @@ from edgelocal.commands.plan_table import plan_lines
 from edgelocal.data.pipeline import open_dataset, pipeline_bytes
 from edgelocal.errors import BudgetError, UsageError
 from edgelocal.memory import plan as planning
-from edgelocal.memory.needs import PipelineBytes
-from edgelocal.memory.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES, Workload
+from edgelocal.memory.needs import CONVOLUTION_BYTES, RUNTIME_BYTES, PipelineBytes
+from edgelocal.memory.peaks import Workload
 from edgelocal.memory.plan import Thresholds, idle_range
 from edgelocal.memory.planned import Plan
 

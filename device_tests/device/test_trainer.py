@@ -14,8 +14,9 @@ from edgelocal.bundle.folder import open_bundle
 from edgelocal.errors import BudgetError, DivergedError, InterruptedRunError
 from edgelocal.machine.budget import rss_bytes
 from edgelocal.storage.tensors import Array
-from edgelocal.training.run import load_blocks
-from edgelocal.training.trainer import Stage, Trainer, stages
+from edgelocal.training.blocks import load_blocks
+from edgelocal.training.stages import Stage, stages
+from edgelocal.training.trainer import Trainer
 
 
 @pytest.fixture

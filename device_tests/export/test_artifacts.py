@@ -25,7 +25,7 @@ from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.request import make_request
 from edgelocal.runtime.library import has_training
 from edgelocal.runtime.tensor import Tensor
-from edgelocal.training.run import load_blocks
+from edgelocal.training.blocks import load_blocks
 
 DOC = Path(__file__).parents[2] / "docs/ort-training.md"
 TRAINS = has_training() and importlib.util.find_spec("onnxruntime.training") is not None

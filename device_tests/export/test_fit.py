@@ -21,8 +21,7 @@ from edgelocal.exporters.search.costs import make_problem
 from edgelocal.exporters.search.problem import Candidate
 from edgelocal.exporters.search.trial import THREADS
 from edgelocal.exporters.units import load_network
-from edgelocal.memory.needs import THREAD_BYTES
-from edgelocal.memory.peaks import CONVOLUTION_BYTES, RUNTIME_BYTES
+from edgelocal.memory.needs import CONVOLUTION_BYTES, RUNTIME_BYTES, THREAD_BYTES
 
 MIB = 1 << 20
 BATCH = 128

@@ -72,7 +72,8 @@ from edgelocal.commands.console import error_console
 from edgelocal.errors import BudgetError, OverBudgetError
 from edgelocal.commands.progress import Display
 from edgelocal.runtime.arena import reserve, start
-from edgelocal.commands.train import make_request, train
+from edgelocal.commands.train import train
+from edgelocal.commands.train_request import make_request
 
 start()
 options = command.make_context("train", sys.argv[1:2] + ["--data", sys.argv[2], "--out", "unused"]).params

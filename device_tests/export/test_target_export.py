@@ -22,7 +22,7 @@ from edgelocal.errors import BundleError, ExportError
 from edgelocal.exporters.pack import export_bundle
 from edgelocal.exporters.request import make_request
 from edgelocal.runtime.tensor import Tensor as Value
-from edgelocal.training.run import load_blocks
+from edgelocal.training.blocks import load_blocks
 
 BATCH = 8
 

@@ -6,14 +6,15 @@ import gc
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgelocal.bundle.folder import Bundle
-from edgelocal.commands.on_device import CPU_REQUEST, DeviceRequest, device_notes, device_report
+from edgelocal.commands.on_device import device_notes, device_report
 from edgelocal.commands.progress import Display
 from edgelocal.commands.run_report import make_report
+from edgelocal.commands.train_request import TrainRequest
+from edgelocal.commands.watcher import Watcher
 from edgelocal.data.formats.base import Dataset
 from edgelocal.errors import BudgetError, OverBudgetError
 from edgelocal.machine.budget import peak_rss_bytes, reset_peak
@@ -25,9 +26,10 @@ from edgelocal.runtime.library import OOM_ADVICE
 from edgelocal.runtime.pages import clear_pages
 from edgelocal.runtime.provider import CPU, Provider
 from edgelocal.storage.store import Loaded
+from edgelocal.training.blocks import load_blocks
 from edgelocal.training.checkpoint import Progress, check_progress, read_progress
-from edgelocal.training.config import ORT_TRAINING, TrainConfig
-from edgelocal.training.run import RunFolder, load_blocks, restore
+from edgelocal.training.config import ORT_TRAINING
+from edgelocal.training.run import RunFolder, restore
 from edgelocal.training.run_info import RUN, RunInfo, read_run
 from edgelocal.training.trainer import Trainer
 
@@ -39,27 +41,6 @@ _IN_VAIN = "smaller micro-batches did not help in this process: give a --memory-
 _SMALLER = "use a smaller --batch and a new --out, or export more blocks"
 
 Planner = Callable[[int], "Plan | None"]  # an upper bound for all micro-batches -> the plan
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """What the command line asks for. None means: what the bundle, the data or the machine suggest."""
-
-    bundle: Path
-    data: Path
-    validation: Path | None
-    out: Path
-    config: TrainConfig
-    budget_bytes: int | None
-    resume: str
-    checkpoint_steps: int | None
-    checkpoint_s: float
-    threads: int | None
-    validate_every: int
-    micro_batch: int | None = None
-    on_oom: str = "stop"
-    memory_budget: str | None = None  # as it was written; a share is of the memory that there is
-    device: DeviceRequest = CPU_REQUEST
 
 
 class Job:
@@ -199,7 +180,7 @@ class Job:
         if report is not None:  # it stays as it is: its figures are those of the plan that the run had
             return {**report, "notes": [*report.get("notes", ()), _FINISHED]}
         self._display.start(trainer, self._info, self._threads, self._notes)
-        watcher = _Watcher(folder, self._display, self._request, self._stop, record=self._bound != self._recorded)
+        watcher = Watcher(folder, self._display, self._request, self._stop, record=self._bound != self._recorded)
         with self._display:
             trainer.run(watcher)
         scores = trainer.validate(watcher, trainer.blocks, exits=True)
@@ -248,39 +229,6 @@ class Job:
     def _note(self, notes: list[str]) -> None:
         """Each once, however many attempts find it."""
         self._notes += [note for note in notes if note not in self._notes]
-
-
-class _Watcher:
-    """Ties the loop to the run folder, the display and the signals.
-
-    With `record` it commits after the first step: a bound of micro-batches that has served is not lost if the run is
-    killed, and one that was too large is never recorded.
-    """
-
-    def __init__(
-        self, folder: RunFolder, display: Display, request: TrainRequest, stop: threading.Event, *, record: bool
-    ) -> None:
-        self.folder = folder
-        self.display = display
-        self.request = request
-        self.stop = stop
-        self._record = record
-
-    def step(self, trainer: Trainer) -> None:
-        self.display.step(trainer)
-        if self._record or self.folder.due(trainer, self.request.checkpoint_steps, self.request.checkpoint_s):
-            self.folder.commit(trainer)
-            self._record = False
-
-    def epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        self.folder.add_metrics(record)
-        self.display.epoch(trainer, record)
-
-    def should_stop(self) -> bool:
-        return self.stop.is_set()
-
-    def commit(self, trainer: Trainer) -> None:
-        self.folder.commit(trainer)
 
 
 def _found(error: OverBudgetError | MemoryError) -> str:

@@ -22,8 +22,8 @@ from edgelocal.errors import BundleError, UsageError
 from edgelocal.machine.budget import format_size, parse_budget, rss_bytes, size_up
 from edgelocal.machine.device import describe
 from edgelocal.machine.profiles import Profile, find_profile, idle_process_bytes
-from edgelocal.memory.needs import PipelineBytes, tensor_bytes
-from edgelocal.memory.peaks import DeviceNeeds, Workload
+from edgelocal.memory.needs import DeviceNeeds, PipelineBytes, tensor_bytes
+from edgelocal.memory.peaks import Workload
 from edgelocal.memory.plan import Thresholds, has_model, idle_range, make_plan, make_thresholds
 from edgelocal.memory.planned import Plan
 from edgelocal.runtime.accelerator import WORKSPACE_BYTES

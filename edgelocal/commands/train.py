@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,18 +12,20 @@ from typing import Any
 
 from edgelocal.bundle.folder import Bundle, open_bundle, verify
 from edgelocal.bundle.spec import Manifest
-from edgelocal.bundle.targets import Device, for_device
-from edgelocal.commands.job import Job, TrainRequest
-from edgelocal.commands.on_device import DeviceRequest, open_device
+from edgelocal.bundle.targets import for_device
+from edgelocal.commands.job import Job
+from edgelocal.commands.on_device import open_device
 from edgelocal.commands.progress import Display
+from edgelocal.commands.train_request import TrainRequest
 from edgelocal.data.formats.base import Dataset
 from edgelocal.data.formats.images import warm_up
 from edgelocal.data.pipeline import Split, has_split, holds_images, open_dataset, pipeline_bytes
-from edgelocal.errors import BudgetError, InterruptedRunError, RuntimeMissingError, UsageError
+from edgelocal.errors import BudgetError, InterruptedRunError, RuntimeMissingError
 from edgelocal.machine.budget import format_size, parse_budget, rss_bytes
 from edgelocal.machine.device import describe
 from edgelocal.machine.packages import package
-from edgelocal.memory.peaks import DeviceNeeds, Workload
+from edgelocal.memory.needs import DeviceNeeds
+from edgelocal.memory.peaks import Workload
 from edgelocal.memory.plan import has_model, idle_range, make_plan
 from edgelocal.memory.planned import Plan
 from edgelocal.runtime.accelerator import Accelerator
@@ -35,104 +36,6 @@ from edgelocal.training.cache import cache_precision
 from edgelocal.training.config import ORT_TRAINING, PORTABLE, TrainConfig
 from edgelocal.training.run import check_resume, check_same
 from edgelocal.training.run_info import RUN, RunInfo, describe_run, read_run
-
-
-def make_request(
-    *,
-    bundle: Path,
-    data: Path,
-    validation: Path | None,
-    out: Path,
-    epochs: int | None,
-    batch: int | None,
-    lr: float | None,
-    lr_schedule: str | None,
-    warmup_epochs: int,
-    hyper: Sequence[str],
-    schedule: str,
-    runtime: str,
-    cache: str,
-    augment: bool,
-    memory_budget: str | None,
-    micro_batch: int | None,
-    on_oom: str,
-    resume: str,
-    checkpoint_steps: int | None,
-    checkpoint_seconds: float,
-    threads: int | None,
-    seed: int,
-    val_every: int,
-    device: Device,
-    tf32: bool,
-    allow_cpu_fallback: bool,
-) -> TrainRequest:
-    """The request of the command line, with the bundle's defaults for what it leaves out."""
-    manifest = open_bundle(bundle).manifest
-    defaults = manifest.defaults
-    config = TrainConfig(
-        epochs=defaults.epochs if epochs is None else epochs,
-        batch=defaults.batch if batch is None else batch,
-        lr=defaults.lr if lr is None else lr,
-        lr_schedule=lr_schedule or defaults.lr_schedule,
-        warmup_epochs=warmup_epochs,
-        schedule=schedule,
-        seed=seed,
-        augment=augment,
-        cache=cache,
-        hyper=dict(_hyper(item) for item in hyper),
-        runtime=choose_runtime(runtime, manifest),
-    )
-    if config.runtime == ORT_TRAINING and micro_batch is not None:
-        raise UsageError("--micro-batch needs --runtime portable: the artifacts take the whole batch at once")
-    if config.runtime == ORT_TRAINING and on_oom == "replan":
-        raise UsageError("--on-oom replan needs --runtime portable: for the artifacts nothing is planned")
-    if config.runtime == ORT_TRAINING and device != "cpu":
-        raise UsageError("--device cuda needs --runtime portable: the artifacts' last runtime is not made for it here")
-    if not checkpoint_seconds > 0:
-        raise UsageError(f"--checkpoint-seconds is {checkpoint_seconds}, expected a number above 0")
-    budget = None if memory_budget is None else parse_budget(memory_budget, describe().effective_bytes)
-    return TrainRequest(
-        bundle=bundle,
-        data=data,
-        validation=validation,
-        out=out,
-        config=config,
-        budget_bytes=budget,
-        resume=resume,
-        checkpoint_steps=checkpoint_steps,
-        checkpoint_s=checkpoint_seconds,
-        threads=threads,
-        validate_every=val_every,
-        micro_batch=micro_batch,
-        on_oom=on_oom,
-        memory_budget=memory_budget,
-        device=DeviceRequest(device, tf32, allow_cpu_fallback),
-    )
-
-
-def choose_runtime(asked: str, manifest: Manifest) -> str:
-    """What the blocks are trained with; "auto" is the faster one that the bundle has (docs/decisions/0013).
-
-    Raises:
-        UsageError: the bundle was not exported for what is asked for.
-    """
-    if asked == "auto":
-        return PORTABLE if PORTABLE in manifest.runtimes else ORT_TRAINING
-    if asked not in manifest.runtimes:
-        has = " and ".join(manifest.runtimes)
-        raise UsageError(f"this bundle has what --runtime {has} needs; export it with --runtime {asked}, or both")
-    return asked
-
-
-def _hyper(text: str) -> tuple[str, float]:
-    name, equals, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not equals or not math.isfinite(number):
-        raise UsageError(f"--hyper {text!r} is not NAME=NUMBER, for example momentum=0.8")
-    return name, number
 
 
 def train(request: TrainRequest, display: Display, stop: threading.Event) -> dict[str, Any]:

@@ -17,6 +17,20 @@ from edgelocal.bundle.spec import BlockMemorySpec, BlockSpec, GraphSpec, TensorS
 ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1}
 THREAD_BYTES = 60 << 10  # what a thread touches; a loaded graph has one for each of --threads beyond the first
 KIND_OF = {"param": "parameters", "opt": "optimizer", "buf": "buffers"}
+# Code and tables of the runtime that its first steps touch, and what convolutions add (measured, docs/promises.md).
+RUNTIME_BYTES, CONVOLUTION_BYTES = 13 << 18, 9 << 18
+
+
+@dataclass(frozen=True)
+class DeviceNeeds:
+    """A device with a provider of its own, in bytes: what the process holds there before it plans (`context`, part of
+    the idle process), what it may take there in all (`most`; None: no more is known than the budget), and what kernels
+    and their libraries take besides tensors. `shared` says whether its memory is the host's."""
+
+    context: int
+    most: int | None
+    workspace: int
+    shared: bool
 
 
 @dataclass(frozen=True)
@@ -138,3 +152,13 @@ def _tensor_affine(shape: tuple[int | str, ...], dtype: str) -> AffineSpec:
     """The batch occurs once in a shape, or not at all."""
     size = math.prod(d for d in shape if isinstance(d, int)) * ITEM_BYTES[dtype]
     return AffineSpec(0, size) if any(isinstance(d, str) for d in shape) else AffineSpec(size, 0)
+
+
+def has_convolutions(blocks: Iterable[BlockSpec]) -> bool:
+    """Whether any weight has three dimensions or more, as those of convolutions have."""
+    return any(t.kind == "param" and len(t.shape) >= 3 for block in blocks for t in block.step.inputs)
+
+
+def runtime_bytes(convolves: bool) -> int:
+    """What the runtime takes besides graphs and arena, for networks with or without convolutions."""
+    return RUNTIME_BYTES + convolves * CONVOLUTION_BYTES

@@ -14,7 +14,7 @@ kernels take more, and the next batch is there already while the current one com
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import groupby
@@ -22,30 +22,23 @@ from operator import itemgetter
 from typing import TypeAlias
 
 from edgelocal.bundle.memory_spec import ArenaBytes
-from edgelocal.bundle.spec import BlockSpec, GraphSpec, Manifest
-from edgelocal.memory.needs import BlockNeeds, PipelineBytes, Way, block_needs, loaded_bytes
-from edgelocal.memory.recency import Recency
-
-_REPEATED = 3  # rounds after which no more graphs are loaded at once than before
-# Code and tables of the runtime that its first steps touch, and what convolutions add (measured, docs/promises.md).
-RUNTIME_BYTES, CONVOLUTION_BYTES = 13 << 18, 9 << 18
+from edgelocal.bundle.spec import GraphSpec, Manifest
+from edgelocal.memory.needs import (
+    BlockNeeds,
+    DeviceNeeds,
+    PipelineBytes,
+    Way,
+    block_needs,
+    has_convolutions,
+    loaded_bytes,
+    runtime_bytes,
+)
+from edgelocal.memory.recency import Turns, held_at_most
 
 ALL_TRIED = 512  # batches up to this are all tried for the largest that fits
 
 
 Pipeline: TypeAlias = PipelineBytes | Callable[[int], PipelineBytes]  # known, or as a function of the batch
-
-
-@dataclass(frozen=True)
-class DeviceNeeds:
-    """A device with a provider of its own, in bytes: what the process holds there before it plans (`context`, part of
-    the idle process), what it may take there in all (`most`; None: no more is known than the budget), and what kernels
-    and their libraries take besides tensors. `shared` says whether its memory is the host's."""
-
-    context: int
-    most: int | None
-    workspace: int
-    shared: bool
 
 
 @dataclass(frozen=True)
@@ -305,16 +298,9 @@ class Workload:
         sizes = self._graph_sizes(micro)
         if limit is None:
             return [sum(sizes.values())] * len(self.needs)
-        found = [0] * len(self.needs)
-        for turns in self._rounds(micro):
-            recency = Recency(limit)
-            for index, graphs in turns * _REPEATED:
-                for graph in graphs:
-                    recency.use(graph.key, sizes[graph.key])
-                    found[index] = max(found[index], recency.held)
-        return found
+        return held_at_most(self._rounds(micro), sizes, limit, len(self.needs))
 
-    def _rounds(self, micro: Sequence[int]) -> list[list[tuple[int, list[GraphSpec]]]]:
+    def _rounds(self, micro: Sequence[int]) -> list[Turns]:
         """What runs over and over before all graphs are dropped: blocks and the graphs they use."""
         ways = [self.way(needs, samples) for needs, samples in zip(self.needs, micro, strict=True)]
         if self.schedule == "interleaved":
@@ -330,13 +316,3 @@ class Workload:
             if self.validates or self.schedule == "sequential":
                 used += needs.passes
         return {graph.key: loaded_bytes(graph, self.threads) for graph in used}
-
-
-def has_convolutions(blocks: Iterable[BlockSpec]) -> bool:
-    """Whether any weight has three dimensions or more, as those of convolutions have."""
-    return any(t.kind == "param" and len(t.shape) >= 3 for block in blocks for t in block.step.inputs)
-
-
-def runtime_bytes(convolves: bool) -> int:
-    """What the runtime takes besides graphs and arena, for networks with or without convolutions."""
-    return RUNTIME_BYTES + convolves * CONVOLUTION_BYTES

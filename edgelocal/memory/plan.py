@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from edgelocal.bundle.memory_spec import table_bytes
 from edgelocal.bundle.spec import Manifest
 from edgelocal.errors import BudgetError
-from edgelocal.memory.peaks import DeviceNeeds, Workload
+from edgelocal.memory.needs import DeviceNeeds
+from edgelocal.memory.peaks import Workload
 from edgelocal.memory.planned import BlockPlan, DevicePlan, Plan
 from edgelocal.memory.refusal import device_refusal, refusal
 

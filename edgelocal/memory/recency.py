@@ -6,6 +6,13 @@ Pure, so that the planner foresees what the pool of graphs (graphs.py) will do.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from edgelocal.bundle.spec import GraphSpec
+
+Turns: TypeAlias = list[tuple[int, list[GraphSpec]]]  # blocks by number, and the graphs they use, in their order
+_REPEATED = 3  # rounds after which no more graphs are loaded at once than before
 
 
 class Recency:
@@ -39,3 +46,16 @@ class Recency:
         """All are gone."""
         self._sizes.clear()
         self.held = 0
+
+
+def held_at_most(rounds: Sequence[Turns], sizes: Mapping[str, int], limit: int, blocks: int) -> list[int]:
+    """For every block the bytes of graphs that are loaded at most while it works, where no more than `limit` may be;
+    each of `rounds` is run over and over, and begins with none."""
+    found = [0] * blocks
+    for turns in rounds:
+        recency = Recency(limit)
+        for index, graphs in turns * _REPEATED:
+            for graph in graphs:
+                recency.use(graph.key, sizes[graph.key])
+                found[index] = max(found[index], recency.held)
+    return found

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgelocal.memory.peaks import DeviceNeeds
+from edgelocal.memory.needs import DeviceNeeds
 from edgelocal.memory.planned import DevicePlan
 from edgelocal.runtime.library import runtime_info
 from edgelocal.runtime.provider import Provider

@@ -16,7 +16,7 @@ import numpy as np
 from edgelocal.machine.gpu_libraries import LibraryError
 from edgelocal.machine.gpu_memory import Meter, device_memory, gpu_meter
 from edgelocal.machine.packages import release
-from edgelocal.memory.peaks import DeviceNeeds
+from edgelocal.memory.needs import DeviceNeeds
 from edgelocal.runtime.accelerator import WORKSPACE_BYTES, Accelerator
 from edgelocal.runtime.arena import session_options
 from edgelocal.runtime.cuda_host import gpu_name, pinned

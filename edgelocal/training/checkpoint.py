@@ -18,7 +18,8 @@ from edgelocal.storage.tensors import Array
 from edgelocal.training.config import TrainConfig
 from edgelocal.training.measures import BlockMeasures
 from edgelocal.training.scores import Score
-from edgelocal.training.trainer import Position, Trainer, stages
+from edgelocal.training.stages import Position, stages
+from edgelocal.training.trainer import Trainer
 
 LARGEST = 1 << 63  # of a count of steps, samples or bytes
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,32 +32,8 @@ from edgelocal.training.feed import Feed
 from edgelocal.training.measures import BlockMeasures, is_measured, is_slowed, releases
 from edgelocal.training.schedule import learning_rate
 from edgelocal.training.scores import Score
+from edgelocal.training.stages import Position, Stage, stages
 from edgelocal.training.watch import MemoryWatch
-
-
-@dataclass
-class Position:
-    """Where a run stands: stage, epoch in the stage and batch in the epoch to do next, and steps done before."""
-
-    stage: int = 0
-    epoch: int = 0
-    batch: int = 0
-    steps: int = 0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Blocks that run frozen, then blocks that train, on every batch."""
-
-    frozen: range
-    trained: range
-
-
-def stages(schedule: str, blocks: int) -> tuple[Stage, ...]:
-    """The stages of a schedule over `blocks` blocks."""
-    if schedule == "interleaved":
-        return (Stage(range(0), range(blocks)),)
-    return tuple(Stage(range(k), range(k, k + 1)) for k in range(blocks))
 
 
 class Watcher(Protocol):

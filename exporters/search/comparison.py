@@ -18,8 +18,7 @@ from edgelocal.exporters.search.costs import make_problem
 from edgelocal.exporters.search.problem import Candidate, Problem
 from edgelocal.exporters.search.trial import THREADS, arena_parts
 from edgelocal.exporters.units import Network, output_shapes
-from edgelocal.memory.needs import block_needs, loaded_bytes, tensor_bytes
-from edgelocal.memory.peaks import has_convolutions, runtime_bytes
+from edgelocal.memory.needs import block_needs, has_convolutions, loaded_bytes, runtime_bytes, tensor_bytes
 
 
 def beside_bp(

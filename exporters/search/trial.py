@@ -26,8 +26,8 @@ from edgelocal.exporters.request import ExportRequest
 from edgelocal.exporters.rules import LocalBlock
 from edgelocal.exporters.target_graphs import training_graph
 from edgelocal.machine.profiles import ASSUMED_SAMPLES, PROFILES, idle_process_bytes
-from edgelocal.memory.needs import PipelineBytes, block_needs
-from edgelocal.memory.peaks import Workload, has_convolutions
+from edgelocal.memory.needs import PipelineBytes, block_needs, has_convolutions
+from edgelocal.memory.peaks import Workload
 from edgelocal.memory.plan import make_thresholds
 
 THREADS = max(profile.cores for profile in PROFILES)  # of the device; a loaded graph has something for each of them
