@@ -69,7 +69,7 @@ artifacts: artifact-tests
 # again. GPU_PYTHON=python3 takes an interpreter that has all packages, and installs nothing.
 GPU_PYTHON ?= .venv-gpu/bin/python
 GPU_READY := $(if $(filter .venv-gpu/bin/python,$(GPU_PYTHON)),.venv-gpu/ready)
-GPU := PYTHONPATH=$(CURDIR) $(GPU_PYTHON)
+GPU := PYTHONPATH=$(CURDIR)$(addprefix :,$(PYTHONPATH)) $(GPU_PYTHON)
 GPU_PARITY := benchmarks/parity.py --device cuda --result out/cuda/result.json --optimizers "sgd nesterov,adamw" \
 	--networks resnet20,resnet32,vgg11,mobilenetv2,vit,mlp
 CUDA ?= cuda13# or cuda12, for older drivers
