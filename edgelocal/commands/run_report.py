@@ -68,6 +68,7 @@ def make_report(
         "cache": None if trainer.config.cache == "off" else {"precision": trainer.config.cache},
         "timeline": [list(point) for point in trainer.memory.timeline.points],
         "frontier": None if frontier is None else [vars(point) for point in frontier],
+        "device": None,  # of a run on one `device_report` says what it took there
         "runtime": info.runtime,
         "threads": info.threads,
         "notes": list(notes),
