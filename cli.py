@@ -23,6 +23,15 @@ device_option = click.option(
 )
 
 
+def device_options(command: Any) -> Any:
+    """`--device` with what it takes on a GPU."""
+    tf32 = click.option("--tf32", is_flag=True, help="CUDA: products and convolutions in TF32, faster and less exact.")
+    fall_back = click.option(
+        "--allow-cpu-fallback", is_flag=True, help="CUDA: nodes it has no kernel for may run on the CPU."
+    )
+    return device_option(tf32(fall_back(command)))
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="edgelocal")
 def main() -> None:
@@ -166,9 +175,7 @@ def plan(as_json: bool, **options: Any) -> None:
     "--checkpoint-seconds", type=float, default=300.0, show_default=True, help="Commit every so many seconds."
 )
 @click.option("--threads", type=click.IntRange(1, 256), help="[default: the usable cores]")
-@device_option
-@click.option("--tf32", is_flag=True, help="CUDA: products and convolutions in TF32, faster and less exact.")
-@click.option("--allow-cpu-fallback", is_flag=True, help="CUDA: nodes it has no kernel for may run on the CPU.")
+@device_options
 @click.option("--seed", default=0, show_default=True, help="Of order, augmentation and masks.")
 @json_option
 def train(as_json: bool, **options: Any) -> None:
@@ -190,7 +197,7 @@ def train(as_json: bool, **options: Any) -> None:
 @click.option("--bundle", type=FOLDER, help="Where the bundle is, if it was moved.")
 @click.option("--batch", type=click.IntRange(min=1), help="[default: the run's]")
 @click.option("--threads", type=click.IntRange(1, 256), help="[default: the usable cores]")
-@device_option
+@device_options
 @json_option
 def evaluate(run: Path, as_json: bool, **options: Any) -> None:
     """Measure the network of RUN, at its end and at the exit of every block."""

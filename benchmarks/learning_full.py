@@ -100,7 +100,7 @@ def reached(training: Training) -> dict[str, Any] | None:
     file = training.run / "report.json"
     report = json.loads(file.read_text()) if file.is_file() else {}
     device = report.get("device")
-    peak = device["peak_bytes"] - device["context_bytes"] if device else report.get("process_peak_bytes")
+    peak = device["peak_bytes"] - (device["context_bytes"] or 0) if device else report.get("process_peak_bytes")
     return {
         "epochs": training.epochs,
         "epochs_done": len(epochs),

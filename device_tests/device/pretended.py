@@ -16,7 +16,8 @@ from edgelocal.runtime.provider import Provider
 from edgelocal.runtime.tensor import Place
 
 CONTEXT, WORKSPACE = 1 << 20, 1 << 16
-NEEDS = DeviceNeeds(CONTEXT, None, WORKSPACE, shared=False)
+HANDLES = 1 << 14
+NEEDS = DeviceNeeds(CONTEXT, None, WORKSPACE, HANDLES, shared=False)
 PROVIDER = Provider(place=Place("cpu"), fixed_batch=True)
 
 

@@ -17,7 +17,7 @@ from edgelocal.memory.plan import make_plan
 from edgelocal.memory.planned import Plan
 
 NETWORK = manifest(Invented(), Invented(weight=5000, buffer=0, width_in=8, per_sample=3000))
-DEVICE = DeviceNeeds(context=IDLE // 2, most=None, workspace=7000, shared=False)
+DEVICE = DeviceNeeds(context=IDLE // 2, most=None, workspace=7000, handles=3000, shared=False)
 
 
 def plan(budget: int | None = None, network: Manifest = NETWORK, **changes: Any) -> Plan:
@@ -34,9 +34,11 @@ def test_tensors_are_on_the_device_graphs_and_data_on_the_host() -> None:
     needs = [block_needs(block) for block in NETWORK.blocks]
     touched = max(n.whole.arena(16).touched for n in needs)
     working = max(sum(n.whole.written.values()) + n.input.at(16) + n.output.at(16) for n in needs)
-    ahead = 2 * needs[0].source.at(16)  # two batches in turn
-    assert found.device.tensors == touched + sum(states()) + working + ahead
-    assert found.device.peak == DEVICE.context + DEVICE.workspace + found.device.tensors
+    ahead = 2 * needs[0].input.at(16)  # two batches in turn
+    apart = 256 * (256 + sum(len(block.state()) for block in NETWORK.blocks))
+    assert found.device.tensors == touched + sum(states()) + working + ahead + apart
+    assert found.device.handles == len({block.step.key for block in NETWORK.blocks}) * DEVICE.handles
+    assert found.device.peak == DEVICE.context + DEVICE.workspace + found.device.handles + found.device.tensors
     graphs = sum(graph_bytes(block.step) for block in NETWORK.blocks)
     host = IDLE - DEVICE.context + RUNTIME_BYTES + graphs + DATA.total
     assert found.peak_bytes == host + found.device.peak
@@ -48,7 +50,7 @@ def test_tensors_are_on_the_device_graphs_and_data_on_the_host() -> None:
 def test_the_arena_s_limit_is_what_the_budget_or_the_device_leaves() -> None:
     free = plan()
     assert free.device is not None
-    arena = free.device.peak - DEVICE.context
+    arena = free.device.tensors + free.device.workspace
     bounded, small = plan(free.peak_bytes + 300), plan(free.peak_bytes + 300, most=free.device.peak + 200)
     assert bounded.device is not None
     assert bounded.device.limit == arena + 300
@@ -102,5 +104,7 @@ def test_as_plain_values() -> None:
     found = plan(10_000_000)
     assert found.device is not None
     values = found.as_dict()["device"]
-    assert values["peak_bytes"] == sum(values[f"{part}_bytes"] for part in ("context", "tensors", "workspace"))
+    assert values["peak_bytes"] == sum(
+        values[f"{part}_bytes"] for part in ("context", "handles", "tensors", "workspace")
+    )
     assert values["limit_bytes"] == found.device.limit

@@ -6,17 +6,17 @@ The device is pretended (pretended.py), so that every machine can run this; test
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from device_tests.device.pretended import CONTEXT, WORKSPACE, pretend
+from device_tests.device.pretended import CONTEXT, HANDLES, NEEDS, WORKSPACE, pretend
 from device_tests.device.runs import ARTIFACTS, DROPOUT, RESIDUAL, write_data
 from edgelocal.cli import main
 from edgelocal.machine.budget import format_size
-from edgelocal.memory.needs import DeviceNeeds
 from edgelocal.runtime.cuda import NAME
 from edgelocal.runtime.library import runtime
 from edgelocal.training.run import open_trained
@@ -102,7 +102,9 @@ def test_the_report_has_planned_beside_measured(
     assert device["planned"]["workspace_bytes"] == WORKSPACE
     state = 4 * sum(sum(block["parameters"].values()) for block in found["blocks"])
     assert device["planned"]["tensors_bytes"] > 2 * state  # parameters and momentum, and what works on them
-    assert device["planned"]["peak_bytes"] == CONTEXT + WORKSPACE + device["planned"]["tensors_bytes"]
+    assert device["planned"]["handles_bytes"] % HANDLES == 0
+    parts = ("tensors_bytes", "handles_bytes", "workspace_bytes", "context_bytes")
+    assert device["planned"]["peak_bytes"] == sum(device["planned"][part] for part in parts)
     assert there.limits == [None]
     assert CONTEXT < device["peak_bytes"] <= there.meter.held
     assert found["process_peak_bytes"] > device["peak_bytes"]
@@ -118,7 +120,9 @@ def test_states_wait_on_the_host_where_the_device_is_small(
     planned = train(ARTIFACTS, tmp_path, "cuda", capsys, *PORTABLE)["device"]["planned"]
     small = tmp_path / "small"
     small.mkdir()
-    there = pretend(monkeypatch, needs=DeviceNeeds(CONTEXT, planned["peak_bytes"] - 1000, WORKSPACE, shared=False))
+    there = pretend(
+        monkeypatch, needs=DeviceNeeds(CONTEXT, planned["peak_bytes"] - 1000, WORKSPACE, HANDLES, shared=False)
+    )
     found = train(ARTIFACTS, small, "cuda", capsys, *PORTABLE)
     assert found["device"]["planned"]["peak_bytes"] < planned["peak_bytes"]
     assert found["device"]["planned"]["paging"] == "host"
@@ -132,20 +136,20 @@ def test_states_wait_on_the_host_where_the_device_is_small(
 def test_states_wait_on_disk_where_the_budget_is_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there = pretend(monkeypatch, needs=DeviceNeeds(CONTEXT, None, WORKSPACE, shared=True))
+    there = pretend(monkeypatch, needs=replace(NEEDS, shared=True))
     refusal = train(ARTIFACTS, tmp_path, "cuda", capsys, *PORTABLE, "--memory-budget", "1MiB", code=3)["said"]
     least = int(refusal.split("smallest budget for this batch is")[1].split("(")[1].split(" bytes")[0])
     found = train(ARTIFACTS, tmp_path, "cuda", capsys, *PORTABLE, "--memory-budget", least, "--threads", 1)
     device = found["device"]["planned"]
     assert device["paging"] == "disk"
-    assert device["peak_bytes"] - CONTEXT <= device["limit_bytes"] == there.limits[-1]
+    assert device["tensors_bytes"] + WORKSPACE <= device["limit_bytes"] == there.limits[-1]
     assert not there.waiting
 
 
 def test_a_device_that_is_too_small_is_refused_with_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretend(monkeypatch, needs=DeviceNeeds(CONTEXT, CONTEXT + WORKSPACE + 100, WORKSPACE, shared=False))
+    pretend(monkeypatch, needs=replace(NEEDS, most=CONTEXT + WORKSPACE + 100))
     said = train(ARTIFACTS, tmp_path, "cuda", capsys, *PORTABLE, code=3)["said"]
     assert "the device has 1.1 MiB for this process, and at the least it would hold" in said
     assert not (tmp_path / "cuda").exists()

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgelocal.bundle.targets import Device
-from edgelocal.commands.on_device import DeviceRequest, open_device
+from edgelocal.commands.on_device import DeviceRequest, device_notes, open_device
 from edgelocal.data.pipeline import Split, has_split, open_dataset
 from edgelocal.machine.device import describe
 from edgelocal.runtime.provider import CPU
@@ -19,10 +19,19 @@ from edgelocal.training.run_info import data_digest
 
 
 def evaluate_run(
-    run: Path, data: Path, bundle: Path | None, batch: int | None, threads: int | None, device: Device = "cpu"
+    run: Path,
+    data: Path,
+    bundle: Path | None,
+    batch: int | None,
+    threads: int | None,
+    device: Device = "cpu",
+    tf32: bool = False,
+    allow_cpu_fallback: bool = False,
 ) -> dict[str, Any]:
     """Scores of a run on the test split of `data`, or on all of it."""
-    accelerator = open_device(DeviceRequest(device), bounded=False)
+    request = DeviceRequest(device, tf32, allow_cpu_fallback)
+    request.check()
+    accelerator = open_device(request, bounded=False)
     provider = CPU if accelerator is None else accelerator.provider(None, None)
     trained = open_trained(run, threads or describe().cores, bundle, provider)
     manifest = trained.bundle.manifest
@@ -30,7 +39,7 @@ def evaluate_run(
     with open_dataset(data, split, manifest.input, manifest.task) as dataset:
         scores = evaluate(trained.blocks, dataset, manifest, batch or trained.info.config.batch, exits=True)
     exits = [{"block": block.spec.name, **score} for block, score in zip(trained.blocks, scores, strict=True)]
-    notes = list(trained.notes)
+    notes = [*trained.notes, *(device_notes(accelerator, provider) if accelerator else ())]
     if split == "train" and data_digest(dataset) == trained.info.data_digest:
         notes.append("these are the samples that the run was trained on: the data has no test split")
     return {

@@ -79,6 +79,7 @@ class Job:
         self._recorded: int | None = None  # the bound as the run's checkpoints have it
         self._peak_bytes = 0  # of the attempts before
         self._notes: list[str] = []
+        self._provider = CPU
         self._ran_out = ""  # what was found when memory ran out last
 
     def run(self, plan: Plan | None, continued: bool) -> dict[str, Any]:
@@ -96,6 +97,8 @@ class Job:
                 gc.collect()  # an error and the frames it went through may hold each other
                 empty_arena()  # a run beside which numpy found no memory has not given it back
                 give_back()
+                if self._device is not None:
+                    self._provider.give_back()
                 report = self._attempt(True)
             return report
         finally:
@@ -132,7 +135,7 @@ class Job:
             folder.start()
         else:
             self._keep_bound(read_progress(loaded.state))
-        provider = self._reserve()
+        self._provider = self._reserve()
         tensors = loaded.state.tensors if loaded else None
         trainer = Trainer(
             self._bundle.manifest,
@@ -144,7 +147,7 @@ class Job:
                 self._plan,
                 request.out / _CACHE,
                 artifacts=request.config.runtime == ORT_TRAINING,
-                provider=provider,
+                provider=self._provider,
                 waiting=self._device.waiting if self._device else None,
             ),
             self._data,

@@ -80,7 +80,7 @@ def device_report(device: Accelerator, trainer: Trainer) -> dict[str, Any]:
         "shared_memory": device.needs.shared,
         "tf32": device.tf32,
         "measured_by": device.meter.source,
-        "peak_bytes": trainer.memory.device_peak_bytes,
+        "peak_bytes": max(held, trainer.memory.device_peak_bytes),
         "context_bytes": device.needs.context if device.meter.counts_context else None,
         "arena_bytes": arena,
         "workspace_bytes": max(0, arena - planned.tensors) if planned else None,

@@ -26,7 +26,7 @@ from edgelocal.memory.needs import DeviceNeeds, PipelineBytes, tensor_bytes
 from edgelocal.memory.peaks import Workload
 from edgelocal.memory.plan import Thresholds, has_model, idle_range, make_plan, make_thresholds
 from edgelocal.memory.planned import Plan
-from edgelocal.runtime.accelerator import WORKSPACE_BYTES
+from edgelocal.runtime.accelerator import HANDLES_BYTES, WORKSPACE_BYTES
 from edgelocal.runtime.arena import give_back, start
 from edgelocal.training.cache import cache_precision
 from edgelocal.training.config import ORT_TRAINING
@@ -265,7 +265,7 @@ def _device_needs(request: PlanRequest, profile: Profile | None) -> DeviceNeeds 
     if not profile.cuda_context_bytes:
         raise UsageError(f"{profile.name} has no GPU that CUDA knows: plan for its CPU, or choose another --profile")
     most = None if profile.shared_memory else profile.device_usable_bytes
-    return DeviceNeeds(profile.cuda_context_bytes, most, WORKSPACE_BYTES, profile.shared_memory)
+    return DeviceNeeds(profile.cuda_context_bytes, most, WORKSPACE_BYTES, HANDLES_BYTES, profile.shared_memory)
 
 
 def _idle_bytes(bundle: Bundle, profile: Profile | None, device: DeviceNeeds | None) -> tuple[int, int]:

@@ -71,10 +71,12 @@ def _device(device: dict[str, Any] | None) -> list[str]:
     """What of it lies on the device."""
     if device is None:
         return []
-    sizes = {name: format_size(device[f"{name}_bytes"]) for name in ("peak", "context", "tensors", "workspace")}
+    sizes = {
+        name: format_size(device[f"{name}_bytes"]) for name in ("peak", "context", "tensors", "handles", "workspace")
+    }
     return [
-        f"on the device: {sizes['peak']}, of it {sizes['context']} context, {sizes['tensors']} tensors, "
-        f"{sizes['workspace']} for kernels; paged states wait on the {device['paging']}"
+        f"on the device: {sizes['peak']}; {sizes['context']} of it context, {sizes['tensors']} tensors, "
+        f"{sizes['handles']} handles, {sizes['workspace']} for kernels; paged states wait on the {device['paging']}"
     ]
 
 

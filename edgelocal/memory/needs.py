@@ -15,6 +15,8 @@ from edgelocal.bundle.memory_spec import AffineSpec, ArenaBytes, MemorySpec
 from edgelocal.bundle.spec import BlockMemorySpec, BlockSpec, GraphSpec, TensorSpec, graph_bytes
 
 ITEM_BYTES = {"float32": 4, "int64": 8, "bool": 1}
+DEVICE_ALIGNMENT = 256  # bytes; what a device's arena hands out is of whole multiples
+_OTHER_TENSORS = 256  # inputs, outputs, masks, hyper-parameters
 THREAD_BYTES = 60 << 10  # what a thread touches; a loaded graph has one for each of --threads beyond the first
 KIND_OF = {"param": "parameters", "opt": "optimizer", "buf": "buffers"}
 # Code and tables of the runtime that its first steps touch, and what convolutions add (measured, docs/promises.md).
@@ -24,12 +26,14 @@ RUNTIME_BYTES, CONVOLUTION_BYTES = 13 << 18, 9 << 18
 @dataclass(frozen=True)
 class DeviceNeeds:
     """A device with a provider of its own, in bytes: what the process holds there before it plans (`context`, part of
-    the idle process), what it may take there in all (`most`; None: no more is known than the budget), and what kernels
-    and their libraries take besides tensors. `shared` says whether its memory is the host's."""
+    the idle process), what it may take there in all (`most`; None: no more is known than the budget), what kernels take
+    of the arena besides tensors (`workspace`), and what every loaded graph brings of handles, outside of the arena.
+    `shared` says whether its memory is the host's."""
 
     context: int
     most: int | None
     workspace: int
+    handles: int
     shared: bool
 
 
@@ -115,6 +119,11 @@ def block_needs(spec: BlockSpec) -> BlockNeeds:
             copies | {"gradients": copies.get("gradients", 0) + sums},
         ),
     )
+
+
+def rounding_bytes(needs: Iterable[BlockNeeds]) -> int:
+    """What tensors of a device lie apart at most: all states, and the few others that are there at a time."""
+    return DEVICE_ALIGNMENT * (_OTHER_TENSORS + sum(len(n.spec.state()) for n in needs))
 
 
 def loaded_bytes(graph: GraphSpec, threads: int) -> int:

@@ -31,6 +31,7 @@ from edgelocal.memory.needs import (
     block_needs,
     has_convolutions,
     loaded_bytes,
+    rounding_bytes,
     runtime_bytes,
 )
 from edgelocal.memory.recency import Turns, held_at_most
@@ -222,7 +223,7 @@ class Workload:
             + n.output.at(self.batch)
             for i, (n, size) in enumerate(zip(self.needs, micro, strict=True))
         )
-        ahead = 0 if self.device is None else self.pipeline.making + self._uploads
+        ahead = 0 if self.device is None else self.pipeline.making + self._uploads + self._apart
         return states + ahead + self._common(graphs) + max(working, self._between(resident))
 
     def _common(self, graphs: int) -> int:
@@ -237,10 +238,11 @@ class Workload:
     @property
     def _uploads(self) -> int:
         """Memory of a device for the batch that computes and the one that is brought up meanwhile, used in turn."""
-        two = 2 * self.needs[0].source.at(self.batch)
+        first = self.needs[0].input.at(self.batch)  # with its labels
         if self.schedule == "interleaved":
-            return two
-        return max(two, *(n.input.at(self.batch) for n in self.needs))  # from a cache, one of them the block's input
+            return 2 * first
+        # From a cache come inputs of every block; one of them is the input of the block that works.
+        return max(2 * first, *(n.input.at(self.batch) for n in self.needs))
 
     def _between(self, resident: frozenset[int]) -> int:
         """What else is there while a batch is made or passes through the network in inference mode."""
@@ -256,7 +258,18 @@ class Workload:
         if self.device is None:
             return 0
         graphs = self.graph_bytes(micro, every=False) if graphs is None else graphs
-        return self.device.context + arena.total + beside - self._common(graphs) - self.pipeline.making
+        there = arena.total + beside - self._common(graphs) - self.pipeline.making
+        return self.device.context + there
+
+    @cached_property
+    def _apart(self) -> int:
+        """What else a device holds: what lies waste between tensors, and handles of libraries."""
+        return rounding_bytes(self.needs) + self.handles
+
+    @cached_property
+    def handles(self) -> int:
+        """What the graphs of a run bring to a device outside of its arena, all of them loaded."""
+        return 0 if self.device is None else self.device.handles * len(self._graph_sizes(self.uncut))
 
     def on_device_fits(self, micro: Sequence[int], arena: ArenaBytes, beside: int, graphs: int | None = None) -> bool:
         """Whether that is no more than the device has."""

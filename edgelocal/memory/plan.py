@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from edgelocal.bundle.memory_spec import table_bytes
 from edgelocal.bundle.spec import Manifest
 from edgelocal.errors import BudgetError
-from edgelocal.memory.needs import DeviceNeeds
 from edgelocal.memory.peaks import Workload
 from edgelocal.memory.planned import BlockPlan, DevicePlan, Plan
 from edgelocal.memory.refusal import device_refusal, refusal
@@ -150,7 +149,7 @@ def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None,
         paged = sum(n.state_bytes for i, n in enumerate(work.needs) if i not in resident)
         on_host = not (work.device.shared or tight) and (budget is None or peak + paged <= budget)
         peak += paged * on_host
-        device = _device_plan(work.device, there, None if budget is None else budget - peak, on_host=on_host)
+        device = _device_plan(work, there, None if budget is None else budget - peak, on_host=on_host)
     return Plan(
         batch=work.batch,
         schedule=work.schedule,
@@ -165,11 +164,13 @@ def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None,
     )
 
 
-def _device_plan(device: DeviceNeeds, peak: int, spare: int | None, *, on_host: bool) -> DevicePlan:
+def _device_plan(work: Workload, peak: int, spare: int | None, *, on_host: bool) -> DevicePlan:
     """The part on a device; `spare` is what the budget leaves, None without one."""
+    device = work.device
+    assert device is not None, "there is one"
     left = [room for room in (spare, None if device.most is None else device.most - peak) if room is not None]
-    limit = peak - device.context + max(0, min(left)) if left else None
-    return DevicePlan(peak, device.context, device.workspace, limit, "host" if on_host else "disk")
+    limit = peak - device.context - work.handles + max(0, min(left)) if left else None
+    return DevicePlan(peak, device.context, work.handles, device.workspace, limit, "host" if on_host else "disk")
 
 
 def _blocks(

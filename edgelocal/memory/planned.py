@@ -28,11 +28,13 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What lies on a device, in bytes: `peak` in all, `context` before the plan, `workspace` of kernels; the rest is
-    `tensors`. `limit` is what its arena may take, None: what it gets. Paged states wait on "disk" or on the "host"."""
+    """What lies on a device, in bytes: `peak` in all, `context` before the plan, `handles` of libraries, `workspace` of
+    kernels; the rest is `tensors`. `limit` is what its arena may take, None: what it gets. Paged states wait on "disk"
+    or on the "host"."""
 
     peak: int
     context: int
+    handles: int
     workspace: int
     limit: int | None
     paging: str
@@ -40,13 +42,14 @@ class DevicePlan:
     @property
     def tensors(self) -> int:
         """What lies in the arena besides the workspace."""
-        return self.peak - self.context - self.workspace
+        return self.peak - self.context - self.handles - self.workspace
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "peak_bytes": self.peak,
             "context_bytes": self.context,
+            "handles_bytes": self.handles,
             "tensors_bytes": self.tensors,
             "workspace_bytes": self.workspace,
             "limit_bytes": self.limit,

@@ -43,6 +43,6 @@ def device_refusal(plan: Plan, most: int) -> str:
     found = plan.device
     return (
         f"the device has {format_size(most)} for this process, and at the least it would hold {size_up(found.peak)} "
-        f"({size_up(found.context)} of them its context, {size_up(found.workspace)} workspace of kernels); lower "
-        "--batch, export more blocks, free the device's memory, or train with --device cpu"
+        f"({size_up(found.context)} of them its context, {size_up(found.handles + found.workspace)} handles and "
+        "workspace of kernels); lower --batch, export more blocks, free the device's memory, or train with --device cpu"
     )

@@ -17,8 +17,8 @@ def device_title(device: DeviceMemory) -> str:
 def device_rows(report: Report) -> list[list[str]]:
     """A header, then a row for each part; empty where there was no device.
 
-    What the arena took beyond the planned tensors is workspace of kernels. Outside of it are handles and code of
-    libraries, which came after the context.
+    What the arena took beyond the planned tensors is workspace of kernels. Handles and code
+    of libraries lie outside of it; what of them came before the plan counts as context.
     """
     device = report.device
     if device is None:
@@ -28,7 +28,7 @@ def device_rows(report: Report) -> list[list[str]]:
         ("context", planned.context_bytes, device.context_bytes),
         ("tensors", planned.tensors_bytes, _less(device.arena_bytes, device.workspace_bytes)),
         ("workspace", planned.workspace_bytes, device.workspace_bytes),
-        ("outside of the arena", None, device.outside_bytes),
+        ("handles and code", planned.handles_bytes, device.outside_bytes),
         ("peak", planned.peak_bytes, device.peak_bytes),
     ]
     return [["", "planned", "measured"], *([name, words.size(a), words.size(b)] for name, a, b in rows)]

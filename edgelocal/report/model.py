@@ -114,6 +114,7 @@ class DevicePlan:
 
     peak_bytes: int | None = None
     context_bytes: int | None = None
+    handles_bytes: int | None = None
     tensors_bytes: int | None = None
     workspace_bytes: int | None = None
     limit_bytes: int | None = None

@@ -16,7 +16,9 @@ from edgelocal.runtime.tensor import DeviceTensor
 from edgelocal.storage.tensors import Array
 
 ALIGNMENT = 256  # bytes, of what the arena hands out
-WORKSPACE_BYTES = 64 << 20  # of kernels and handles, in plans: an assumption, which the report shows beside what it was
+# In plans: what kernels take of the arena, and what every graph brings of handles with their own memory. Both are
+# assumptions, beside which reports show what it was.
+WORKSPACE_BYTES, HANDLES_BYTES = 64 << 20, 8 << 20
 
 
 class Meter(Protocol):

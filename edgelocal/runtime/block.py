@@ -209,7 +209,8 @@ class Block:
             elif tensor.name in overwriting:
                 results[tensor.name] = state[old]
             else:
-                place = HOST if tensor.shape == () else self._graphs.place  # numbers come down, all else stays there
+                # Numbers come down, states and all else stay there.
+                place = HOST if tensor.shape == () and old == tensor.name else self._graphs.place
                 results[tensor.name] = place.empty(tensor.resolve(batch), tensor.dtype)
         self._graphs.get(spec).run(inputs, list(results.values()), release=release)
         state |= {n.removeprefix("new/"): value for n, value in results.items() if n.startswith("new/")}

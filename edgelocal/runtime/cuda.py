@@ -2,8 +2,9 @@
 
 Settings follow from the source of ONNX Runtime 1.25 (core/providers/cuda). With cuDNN 9 a convolution is not timed:
 HEURISTIC and EXHAUSTIVE choose between two lists of plans, and the workspace of a plan comes out of the arena. NHWC
-convolutions run on the CPU where weights are inputs, as they are here. One stream for all sessions: each stream would
-bring handles of cuBLAS and cuDNN of its own, which lie outside of the arena.
+convolutions run on the CPU where weights are inputs, as they are here. One stream for a session, not one for each of
+its runs: each brings handles of cuBLAS and cuDNN, with memory of their own outside of the arena. Every session has some
+all the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from edgelocal.machine.gpu_libraries import LibraryError
 from edgelocal.machine.gpu_memory import Meter, device_memory, gpu_meter
 from edgelocal.machine.packages import release
 from edgelocal.memory.needs import DeviceNeeds
-from edgelocal.runtime.accelerator import WORKSPACE_BYTES, Accelerator
+from edgelocal.runtime.accelerator import HANDLES_BYTES, WORKSPACE_BYTES, Accelerator
 from edgelocal.runtime.arena import session_options
 from edgelocal.runtime.cuda_host import gpu_name, pinned
 from edgelocal.runtime.cuda_setup import LEFT_OUT, PROVIDER, explained, load_libraries
@@ -51,12 +52,13 @@ def open_cuda(*, tf32: bool = False, may_fall_back: bool = False, bounded: bool 
         raise meter
     shared = meter.shared
     context = meter.used_bytes()
+    most = None if shared else context + meter.free_bytes()
     return Accelerator(
         name="cuda",
         model=gpu_name(),
         tf32=tf32,
         meter=meter,
-        needs=DeviceNeeds(context, None if shared else context + meter.free_bytes(), WORKSPACE_BYTES, shared),
+        needs=DeviceNeeds(context, most, WORKSPACE_BYTES, HANDLES_BYTES, shared),
         prepare=partial(cuda_provider, tf32=tf32, may_fall_back=may_fall_back, bounded=bounded),
         waiting=pinned,
     )

@@ -38,8 +38,10 @@ class Uploads(Place):
         tensors, number = self._sets[self._turn], self._used
         self._used += 1
         if number == len(tensors) or not _fits(array, tensors[number]):
-            del tensors[number:]
-            tensors.append(DeviceTensor(self.device, array.shape, array.dtype.name))
+            for each in self._sets:  # all now: when the other set is filled, a graph runs
+                if len(each) == number or each is tensors:
+                    del each[number:]
+                    each.append(DeviceTensor(self.device, array.shape, array.dtype.name))
         tensor = tensors[number]
         tensor.fill(_padded(array, tensor.shape))
         return tensor if tensor.shape == array.shape else tensor.rows(0, len(array))

@@ -295,6 +295,7 @@ class Trainer:
             place=self._uploads,
         )
         blocks[0].start_anew()
+        self.memory.look_at_device()
         return found
 
     def release(self) -> None:

@@ -153,7 +153,8 @@ def _memory(setting: Setting, report: dict[str, Any]) -> tuple[int, int, int | N
         raise UsageError(f"a training on {setting.device} reported {device!r} as its device; upgrade edgelocal")
     if device["fallback_nodes"]:
         raise UsageError(f"{device['fallback_nodes']} nodes of a training on {setting.device} ran on the CPU")
-    return device["context_bytes"], device["peak_bytes"], device["arena_bytes"]
+    # Where nobody counts the context, the peak has none in it either.
+    return device["context_bytes"] or 0, device["peak_bytes"], device["arena_bytes"]
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
