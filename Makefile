@@ -14,7 +14,7 @@ BROWSER := $(strip $(foreach name,chromium chromium-browser google-chrome google
 CAN_INSTALL := $(and $(filter 0,$(shell id -u)),$(shell command -v apt-get))
 
 .PHONY: demo test setup lint device-suites browser slow memory matrix aarch64 clean artifacts artifact-tests
-.PHONY: gpu gpu-prepare gpu-suite gpu-parity gpu-gradients gpu-bench gpu-learning gpu-pages
+.PHONY: gpu gpu-prepare gpu-suite gpu-runtime gpu-parity gpu-parity-tf32 gpu-parity-bf16 gpu-gradients gpu-bench gpu-learning gpu-pages
 
 demo: $(VENV)/ready
 	rm -rf out/demo
@@ -79,7 +79,10 @@ GPU_LEARNING := benchmarks/learning_full.py $(CIFAR) --epochs $(EPOCHS) --minute
 
 gpu:
 	$(MAKE) gpu-suite
+	$(MAKE) gpu-runtime
 	$(MAKE) gpu-parity
+	$(MAKE) gpu-parity-tf32
+	$(MAKE) gpu-parity-bf16
 	$(MAKE) gpu-gradients
 	$(MAKE) gpu-bench
 	$(MAKE) gpu-learning
@@ -90,12 +93,22 @@ gpu-prepare: $(GPU_READY)
 	$(if $(CIFAR),$(GPU) $(GPU_LEARNING) --prepare)
 
 gpu-suite: $(GPU_READY)
-	EDGELOCAL_REQUIRE_GPU=1 $(GPU) -m pytest device_tests/device/test_gpu.py -p no:cacheprovider -s
-	EDGELOCAL_REQUIRE_GPU=1 $(GPU) $(SUITE)
+	EDGELOCAL_REQUIRE_GPU=1 $(GPU) -m pytest device_tests/device/test_gpu.py device_tests/device/test_gpu_training.py \
+		-p no:cacheprovider -s
+
+# The device suite on the CPU of this runtime: a build for CUDA must do that as well as any.
+gpu-runtime: $(GPU_READY)
+	$(GPU) $(SUITE)
 
 gpu-parity: $(GPU_READY)
 	$(GPU) $(GPU_PARITY) --minutes $(MINUTES)
+	$(MAKE) gpu-pages
+
+gpu-parity-tf32: $(GPU_READY)
 	$(GPU) $(GPU_PARITY) --minutes $(MINUTES) --tf32
+	$(MAKE) gpu-pages
+
+gpu-parity-bf16: $(GPU_READY)
 	$(GPU) $(GPU_PARITY) --minutes $(MINUTES) --bf16
 	$(MAKE) gpu-pages
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import cuda_page
@@ -175,11 +176,15 @@ def measure(found: Sequence[Task], options: argparse.Namespace) -> bool:
 def prepare(found: Sequence[Task]) -> None:
     """Export the bundles of all cases; what cannot be exported is said."""
     for task in found:
-        for name in EXPORTED:
+        reduced = [(name, "bf16") for name in EXPORTED if name in cuda_page.IN_PRECISIONS]
+        for name, precision in [*((name, "float32") for name in EXPORTED), *reduced]:
+            if precision != "float32" and task.setting.device == "cpu":
+                continue
             try:
-                task.exported(name, lambda text: print(text, file=sys.stderr, flush=True))
+                say = partial(print, file=sys.stderr, flush=True)
+                task.exported(name, say, replace(task.setting, precision=precision))
             except EdgelocalError as error:
-                print(f"{task.name}, {name}: {error}", file=sys.stderr, flush=True)
+                print(f"{task.name}, {name}, {precision}: {error}", file=sys.stderr, flush=True)
 
 
 def main(description: str | None, words: Sequence[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean, median
+from typing import Any
 
 import cuda_result
 import numpy as np
@@ -224,6 +225,25 @@ result, arena what of it the exporter foresees. Measured by `{command}`.
 """
 
 
+def kept_rows(options: argparse.Namespace) -> list[Row]:
+    """With --write what was measured before with the same settings, to go on from there."""
+    found = cuda_result.read(options.result, options.device).get("gradients", {}) if options.write else {}
+    same = found.get("settings") == settings(options)
+    return [Row(**row) for row in found["rows"]] if same else []
+
+
+def keep(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Put what was measured so far into the result, as rows and as docs/cuda.md has it."""
+    text = section(rows, options.tf32, " ".join(["python benchmarks/cuda_gradients.py", *sys.argv[1:]]))
+    value = {"markdown": text, "rows": [asdict(row) for row in rows], "settings": settings(options)}
+    cuda_result.put(options.result, options.device, ("gradients",), value)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What rows in one table have in common."""
+    return {"tf32": options.tf32, "rounds": options.rounds, "batch": options.batch}
+
+
 def main() -> None:
     """Measure, print, and with --write keep it for docs/cuda.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,17 +260,17 @@ def main() -> None:
         parser.error("--write is for --device cuda: figures of a CPU would be read as those of a GPU")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
     device = CPU if options.device == "cpu" else cuda_provider(tf32=options.tf32)
-    rows: list[Row] = []
+    rows = kept_rows(options)
     for number in options.shapes.split(","):
         shape = SHAPES[int(number) - 1]
         shape = shape if options.batch is None else replace(shape, n=options.batch)
+        if any(row.shape == str(shape) for row in rows):
+            continue
         for gradient in ("weight", "input"):
             rows += measure(shape, gradient, device, options.rounds)
         print(f"{shape}: done", file=sys.stderr, flush=True)
-    if options.write:
-        command = " ".join(["python benchmarks/cuda_gradients.py", *sys.argv[1:]])
-        text = section(rows, options.tf32, command)
-        cuda_result.put(options.result, options.device, ("gradients",), {"markdown": text})
+        if options.write:
+            keep(rows, options)
     found = {"device": options.device, "tf32": options.tf32, "rows": [asdict(r) for r in rows]}
     print(json.dumps(found) if options.json else "\n".join([table(rows), "", *verdict(rows)]))
 

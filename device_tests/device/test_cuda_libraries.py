@@ -117,7 +117,7 @@ def test_nothing_found_lists_what_is_missing_and_what_is_not_needed(tmp_path: Pa
     assert (setup.provider, setup.major, setup.code) == (True, 13, GpuCode((75, 80, 86, 90), ()))
     assert setup.missing == (*LINKED_13[:5], "libcudnn.so.9")
     assert [library.name for library in setup.libraries if not library.needed] == ["libcufft.so.12", "libnvrtc.so.13"]
-    assert preload_folders(setup.libraries) == {"cuda": "", "cudnn": ""}
+    assert preload_folders(setup.libraries) == {"cuda": ("",), "cudnn": ("",)}
 
 
 def test_the_wheels_of_cuda_13_and_12(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_the_wheels_of_cuda_13_and_12(tmp_path: Path) -> None:
     setup = read(tmp_path / "12", other)
     assert setup.major == 12
     assert setup.missing == ("libcudnn.so.9", "libcufft.so.11")  # as a build of 1.26 or before is linked
-    assert preload_folders(setup.libraries) == {"cuda": "", "cudnn": ""}
+    assert preload_folders(setup.libraries) == {"cuda": ("",), "cudnn": ("",)}
 
 
 def test_libraries_of_another_cuda_do_not_count(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_an_installed_torch_has_them_in_its_own_folder(tmp_path: Path) -> None:
     folder = str(site / "torch/lib")
     assert setup.missing == ("libcuda.so.1",)
     assert sources(setup)["libcudnn.so.9"] == "torch"
-    assert preload_folders(setup.libraries) == {"cuda": folder, "cudnn": folder}
+    assert preload_folders(setup.libraries) == {"cuda": (folder,), "cudnn": (folder,)}
 
 
 def test_a_torch_elsewhere_brings_its_wheels(tmp_path: Path) -> None:
@@ -158,16 +158,29 @@ def test_a_torch_elsewhere_brings_its_wheels(tmp_path: Path) -> None:
     put(other / "nvidia/cu13/lib", *TOOLKIT_13)
     put(other / "nvidia/cudnn/lib", "libcudnn.so.9")
     folders = preload_folders(read(tmp_path, site, other).libraries)
-    assert folders == {"cuda": str(other / "nvidia/cu13/lib"), "cudnn": str(other / "nvidia/cudnn/lib")}
+    assert folders == {"cuda": (str(other / "nvidia/cu13/lib"),), "cudnn": (str(other / "nvidia/cudnn/lib"),)}
+
+
+def test_a_torch_elsewhere_with_a_wheel_for_each_library(tmp_path: Path) -> None:
+    site, other = install(tmp_path, (*TOOLKIT_12, "libcudnn.so.9")), tmp_path / "system/site-packages"
+    (other / "torch/lib").mkdir(parents=True)
+    for folder, names in (("cublas", TOOLKIT_12[:2]), ("curand", TOOLKIT_12[2:3]), ("cuda_runtime", TOOLKIT_12[3:])):
+        put(other / "nvidia" / folder / "lib", *names)
+    put(other / "nvidia/cudnn/lib", "libcudnn.so.9")
+    setup = read(tmp_path, site, other)
+    assert not setup.missing
+    folders = preload_folders(setup.libraries)
+    assert folders["cuda"] == tuple(str(other / f"nvidia/{name}/lib") for name in ("cublas", "curand", "cuda_runtime"))
+    assert folders["cudnn"] == (str(other / "nvidia/cudnn/lib"),)
 
 
 def test_torch_comes_before_the_system_and_the_wheels_before_both(tmp_path: Path) -> None:
     site = install(tmp_path)
     put(tmp_path / "usr/lib/aarch64-linux-gnu", *TOOLKIT_13, "libcudnn.so.9", "libcuda.so.1")
-    assert preload_folders(read(tmp_path, site).libraries) == {"cuda": "", "cudnn": ""}
+    assert preload_folders(read(tmp_path, site).libraries) == {"cuda": ("",), "cudnn": ("",)}
     put(site / "torch/lib", *TOOLKIT_13)
     setup = read(tmp_path, site)
-    assert preload_folders(setup.libraries) == {"cuda": str(site / "torch/lib"), "cudnn": ""}
+    assert preload_folders(setup.libraries) == {"cuda": (str(site / "torch/lib"),), "cudnn": ("",)}
     assert sources(setup) | {"libcufft.so.12": None} == {
         **dict.fromkeys(TOOLKIT_13, "torch"),
         "libcuda.so.1": "system",
@@ -176,13 +189,13 @@ def test_torch_comes_before_the_system_and_the_wheels_before_both(tmp_path: Path
         "libnvrtc.so.13": None,
     }
     put(site / "nvidia/cu13/lib", *TOOLKIT_13)
-    assert preload_folders(read(tmp_path, site).libraries) == {"cuda": "", "cudnn": ""}
+    assert preload_folders(read(tmp_path, site).libraries) == {"cuda": ("",), "cudnn": ("",)}
 
 
 def test_half_a_torch_is_not_taken(tmp_path: Path) -> None:
     site = install(tmp_path)
     put(site / "torch/lib", "libcudart.so.13", "libcublas.so.13")
-    assert preload_folders(read(tmp_path, site).libraries)["cuda"] == ""
+    assert preload_folders(read(tmp_path, site).libraries)["cuda"] == ("",)
 
 
 def test_the_loader_s_cache_its_path_and_folders_that_it_does_not_know(tmp_path: Path) -> None:
@@ -210,7 +223,7 @@ def test_a_whole_cuda_folder_that_the_loader_does_not_know_is_named(tmp_path: Pa
     site = install(tmp_path)
     put(tmp_path / "usr/local/cuda-13.0/lib64", *TOOLKIT_13)
     folders = preload_folders(read(tmp_path, site).libraries)
-    assert folders == {"cuda": f"{tmp_path}/usr/local/cuda-13.0/lib64", "cudnn": ""}
+    assert folders == {"cuda": (f"{tmp_path}/usr/local/cuda-13.0/lib64",), "cudnn": ("",)}
 
 
 def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from edgelocal.cli import main
 from edgelocal.machine.budget import format_size
 from edgelocal.runtime.cuda import NAME
 from edgelocal.runtime.library import runtime
+from edgelocal.runtime.provider import Provider
 from edgelocal.training.run import open_trained
 
 PORTABLE = ("--runtime", "portable")  # the bundle has artifacts too
@@ -120,9 +121,7 @@ def test_states_wait_on_the_host_where_the_device_is_small(
     planned = train(ARTIFACTS, tmp_path, "cuda", capsys, *PORTABLE)["device"]["planned"]
     small = tmp_path / "small"
     small.mkdir()
-    there = pretend(
-        monkeypatch, needs=DeviceNeeds(CONTEXT, planned["peak_bytes"] - 1000, WORKSPACE, HANDLES, shared=False)
-    )
+    there = pretend(monkeypatch, needs=replace(NEEDS, most=planned["peak_bytes"] - 1000))
     found = train(ARTIFACTS, small, "cuda", capsys, *PORTABLE)
     assert found["device"]["planned"]["peak_bytes"] < planned["peak_bytes"]
     assert found["device"]["planned"]["paging"] == "host"
@@ -240,3 +239,19 @@ def test_a_context_that_nobody_counts_is_said(
     found = train(ARTIFACTS, tmp_path, "cuda", capsys, *PORTABLE)
     assert found["device"]["context_bytes"] is None
     assert any("neither budget nor peak counts it" in note for note in found["notes"])
+
+
+def test_where_memory_runs_out_the_arena_is_given_back_before_the_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = pretend(monkeypatch)
+    there.meter.held = 3 << 30  # more than the budget, as of an arena that grew
+
+    def give_back(self: Provider) -> None:
+        there.meter.held = CONTEXT
+
+    monkeypatch.setattr(Provider, "give_back", give_back)
+    found = train(ARTIFACTS, tmp_path, "cuda", capsys, *PORTABLE, "--memory-budget", "2GiB", "--on-oom", "replan")
+    assert any("gone on from the last commit with micro-batches of at most 8" in note for note in found["notes"])
+    assert {block["plan"]["micro_batch"] for block in found["blocks"]} == {8}
+    assert found["device"]["peak_bytes"] == CONTEXT

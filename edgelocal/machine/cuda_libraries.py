@@ -85,25 +85,30 @@ def read_cuda(
     return CudaSetup(True, major, code, tuple(found))
 
 
-def preload_folders(libraries: Sequence[Library]) -> dict[str, str]:
-    """For "cuda" and "cudnn" the folder that the runtime's `preload_dlls` is to be given: "" means NVIDIA's wheels and
-    then the system's loader, and is not good enough only where another single folder has all that is needed."""
+def preload_folders(libraries: Sequence[Library]) -> dict[str, tuple[str, ...]]:
+    """For "cuda" and "cudnn" the folders for the runtime's `preload_dlls`, in turn: "" means NVIDIA's wheels and then
+    the system's loader. Others are taken where they have all that is needed, one of them before several, and PyTorch's
+    before the system's."""
     needed = [library for library in libraries if library.needed and library.name != DRIVER]
     cudnn = [library for library in needed if library.name.startswith("libcudnn.")]
-    return {"cuda": _folder([x for x in needed if x not in cudnn]), "cudnn": _folder(cudnn)}
+    return {"cuda": _folders([x for x in needed if x not in cudnn]), "cudnn": _folders(cudnn)}
 
 
-def _folder(libraries: Sequence[Library]) -> str:
+def _folders(libraries: Sequence[Library]) -> tuple[str, ...]:
     known = {source for source in (WHEELS, SYSTEM) if all(source in dict(x.places) for x in libraries)}
-    folders = [
+    others = [
         {str(Path(path).parent): source for source, path in x.places if source not in (WHEELS, SYSTEM)}
         for x in libraries
     ]
-    common = [folder for folder in folders[0] if all(folder in other for other in folders)] if folders else []
-    of_torch = [folder for folder in common if folders[0][folder] == TORCH]
-    if WHEELS in known or not common or (SYSTEM in known and not of_torch):
-        return ""
-    return (of_torch or common)[0]
+    common = [folder for folder in others[0] if all(folder in other for other in others)] if others else []
+    of_torch = [folder for folder in common if others[0][folder] == TORCH]
+    if WHEELS in known or (SYSTEM in known and not of_torch):
+        return ("",)
+    if common:
+        return ((of_torch or common)[0],)
+    if all(library.places for library in libraries):  # each library of NVIDIA's has a folder of its own up to CUDA 12
+        return tuple(dict.fromkeys(next(iter(other), "") for other in others)) or ("",)
+    return ("",)
 
 
 def _look_into(provider: Path) -> tuple[tuple[str, ...], GpuCode | None]:

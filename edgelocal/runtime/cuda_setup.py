@@ -60,8 +60,10 @@ def preload(ort: Any, setup: CudaSetup) -> str:
     if hasattr(ort, "preload_dlls"):
         folders = preload_folders(setup.libraries)
         with contextlib.redirect_stdout(printed):  # it prints what it misses, and stdout is for answers
-            ort.preload_dlls(cuda=True, cudnn=False, directory=folders["cuda"])
-            ort.preload_dlls(cuda=False, cudnn=True, directory=folders["cudnn"])
+            for folder in folders["cuda"]:
+                ort.preload_dlls(cuda=True, cudnn=False, directory=folder)
+            for folder in folders["cudnn"]:
+                ort.preload_dlls(cuda=False, cudnn=True, directory=folder)
     return printed.getvalue()
 
 

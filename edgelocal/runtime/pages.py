@@ -51,8 +51,8 @@ class Page(Protocol):
 
 
 class HostPage:
-    """The tensors of `specs` in the host's memory, which `allocate` gives: from such that is pinned CUDA copies faster. The
-    way down goes through memory of the runtime's own."""
+    """The tensors of `specs` in the host's memory, which `allocate` gives: from such that is pinned CUDA copies faster.
+    The way down goes through memory of the runtime's own."""
 
     def __init__(self, specs: tuple[TensorSpec, ...], allocate: Callable[[tuple[int, ...], str], Array]) -> None:
         self.moved_bytes = 0
