@@ -13,7 +13,7 @@ from edgelocal.bundle.spec import Manifest, graph_bytes
 from edgelocal.errors import BudgetError
 from edgelocal.memory.needs import RUNTIME_BYTES, DeviceNeeds, block_needs
 from edgelocal.memory.peaks import Workload
-from edgelocal.memory.plan import make_plan
+from edgelocal.memory.plan import make_plan, make_thresholds
 from edgelocal.memory.planned import Plan
 
 NETWORK = manifest(Invented(), Invented(weight=5000, buffer=0, width_in=8, per_sample=3000))
@@ -74,8 +74,10 @@ def test_states_go_from_a_small_device_to_the_host_and_with_a_small_budget_to_th
     assert exact.graphs_bytes is None  # to drop graphs would make no room on the device
     less = plan(smaller.peak_bytes - 1, most=free.device.peak - 1)
     assert less.device is not None
-    assert less.device.paging == "disk"
-    assert less.peak_bytes == smaller.peak_bytes - gone
+    assert (less.device.paging, less.graphs_bytes is None) == ("host", False)
+    least = plan(less.peak_bytes - 1, most=free.device.peak - 1)
+    assert least.device is not None
+    assert (least.device.paging, least.peak_bytes) == ("disk", less.peak_bytes - gone)
 
 
 def test_one_pool_has_no_host_to_wait_on() -> None:
@@ -108,3 +110,47 @@ def test_as_plain_values() -> None:
         values[f"{part}_bytes"] for part in ("context", "handles", "tensors", "workspace")
     )
     assert values["limit_bytes"] == found.device.limit
+
+
+def test_a_run_that_goes_on_keeps_its_plan() -> None:
+    free = plan()
+    assert free.device is not None
+    for most in (None, free.device.peak - 1, free.device.peak - sum(states()) - 20_000):
+        for budget in (None, free.peak_bytes - 1, free.peak_bytes - graph_bytes(NETWORK.blocks[0].step) - 1000):
+            work = Workload.of(NETWORK, device=replace(DEVICE, most=most), **SETTING)
+            found = make_plan(work, budget)
+            assert make_plan(work, budget, [block.micro_batch for block in found.blocks]) == found
+
+
+def test_budgets_that_are_named_are_those_that_the_device_allows() -> None:
+    free = plan()
+    assert free.device is not None
+    small = Workload.of(NETWORK, device=replace(DEVICE, most=free.device.peak - 1), **SETTING)
+    found = make_thresholds(small)
+    assert (found.everything, found.states) == (None, None)
+    assert make_plan(small, found.least).peak_bytes <= found.least
+    with pytest.raises(BudgetError):
+        make_plan(small, found.least - 1)
+    none = Workload.of(NETWORK, device=replace(DEVICE, most=DEVICE.context), **SETTING)
+    with pytest.raises(BudgetError, match="the device has"):
+        make_plan(none, 1)  # no budget would help
+
+
+def test_what_waits_on_the_host_has_room_there() -> None:
+    free = plan()
+    assert free.device is not None
+    paged = plan(most=free.device.peak - 1)
+    assert paged.device is not None
+    beside = paged.peak_bytes - paged.device.peak
+    less = plan(most=free.device.peak - 1, host=beside - 1)
+    assert (paged.device.paging, less.device and less.device.paging) == ("host", "host")
+    assert less.graphs_bytes is not None  # graphs made room
+    assert less.device is not None
+    least = plan(most=free.device.peak - 1, host=less.peak_bytes - less.device.peak - 1)
+    assert least.device is not None
+    assert least.device.paging == "disk"
+
+
+def test_a_context_that_nobody_counts_can_be_refused_too() -> None:
+    with pytest.raises(BudgetError, match="0 B of them its context"):
+        plan(context=0, most=100)

@@ -202,19 +202,20 @@ def advice(manifest: Manifest, plan: Plan, thresholds: Thresholds, usable_bytes:
         found.append(_cut_text(manifest, plan, thresholds, cut))
     paged = [block for block in plan.blocks if not block.resident]
     if paged:
-        need = size_up(thresholds.states)
+        need = f"; from {size_up(thresholds.states)} on it stays in memory" if thresholds.states is not None else ""
         of_all = f"the state of {len(paged)} of {len(plan.blocks)} blocks is paged"
         if plan.device is not None and plan.device.paging == "host":
             found.append(f"{of_all}: it waits in the host's memory, and goes to the device and back in every step")
         else:
             found.append(
                 f"{of_all}: it waits on disk, is read before every step and written after it, which wears flash "
-                f"memory; from {need} on it stays in memory"
+                f"memory{need}"
             )
     if plan.graphs_bytes is not None:
+        kept = f"; from {size_up(thresholds.everything)} on they stay loaded" if thresholds.everything else ""
         found.append(
-            "graphs are loaded when a block's turn comes, which costs time in every step; from "
-            f"{size_up(thresholds.everything)} on they stay loaded. --schedule sequential changes blocks less often"
+            f"graphs are loaded when a block's turn comes, which costs time in every step{kept}. --schedule sequential "
+            "changes blocks less often"
         )
     return found
 
@@ -230,7 +231,7 @@ def _cut_text(manifest: Manifest, plan: Plan, thresholds: Thresholds, cut: Seque
         )
     else:
         text += ": the gradients add up to those of the batch"
-    if thresholds.batch > (plan.budget_bytes or 0):
+    if thresholds.batch is not None and thresholds.batch > (plan.budget_bytes or 0):
         text += f"; from {size_up(thresholds.batch)} on the batch stays whole"
     return text
 
@@ -265,7 +266,8 @@ def _device_needs(request: PlanRequest, profile: Profile | None) -> DeviceNeeds 
     if not profile.cuda_context_bytes:
         raise UsageError(f"{profile.name} has no GPU that CUDA knows: plan for its CPU, or choose another --profile")
     most = None if profile.shared_memory else profile.device_usable_bytes
-    return DeviceNeeds(profile.cuda_context_bytes, most, WORKSPACE_BYTES, HANDLES_BYTES, profile.shared_memory)
+    host = None if profile.shared_memory else profile.usable_bytes
+    return DeviceNeeds(profile.cuda_context_bytes, most, WORKSPACE_BYTES, HANDLES_BYTES, profile.shared_memory, host)
 
 
 def _idle_bytes(bundle: Bundle, profile: Profile | None, device: DeviceNeeds | None) -> tuple[int, int]:

@@ -90,13 +90,15 @@ def _mib(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 20):.1f}"
 
 
-def _thresholds(values: dict[str, int], *, whole: bool) -> str:
-    sizes = {key: size_up(value) for key, value in values.items()}
-    return (
-        f"budgets: {sizes['everything_bytes']} keeps everything, {sizes['states_bytes']} all states, "
-        f"{sizes['whole_batch_bytes']} {'the batch whole' if whole else 'micro-batches as large as allowed'}, "
-        f"{sizes['smallest_bytes']} is the least"
-    )
+def _thresholds(values: dict[str, int | None], *, whole: bool) -> str:
+    kept = {
+        "everything_bytes": "keeps everything",
+        "states_bytes": "all states",
+        "whole_batch_bytes": "the batch whole" if whole else "micro-batches as large as allowed",
+        "smallest_bytes": "is the least",
+    }
+    sizes = ((values[key], what) for key, what in kept.items())
+    return "budgets: " + ", ".join(f"{size_up(size)} {what}" for size, what in sizes if size is not None)
 
 
 def _cache(cache: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def with_share(request: TrainRequest, device: Accelerator | None) -> TrainReques
     """The request with a budget that is a share taken of host and device together, where they have memory each."""
     if device is None or device.needs.shared or request.memory_budget is None:
         return request
-    there = describe().effective_bytes + device.meter.free_bytes()
+    there = describe().effective_bytes + (device.needs.most or device.meter.free_bytes())
     return replace(request, budget_bytes=parse_budget(request.memory_budget, there))
 
 

@@ -76,7 +76,7 @@ def format_size(size_bytes: int) -> str:
 def size_up(size_bytes: int) -> str:
     """As `format_size`, but never less than `size_bytes`: a budget so large is enough."""
     text = format_size(size_bytes)
-    while parse_size(text) < size_bytes:
+    while size_bytes > 0 and parse_size(text) < size_bytes:
         number, unit = text.split()
         text = f"{float(number) + 0.1:.1f}".removesuffix(".0") + f" {unit}"
     return text

@@ -31,6 +31,8 @@ _CUDA = re.compile(r"lib(cuda|cudart|cublas|cublasLt|cudnn|cufft|curand|nvrtc)\.
 _VERSION = re.compile(r"""^cuda_version\s*=\s*["']([0-9]{1,3})""", re.MULTILINE)
 _STANDARD = ("usr/lib/{}-linux-gnu", "lib/{}-linux-gnu", "usr/lib64", "lib64", "usr/lib", "lib", "usr/lib/wsl/lib")
 _JETSON = ("usr/lib/{}-linux-gnu/nvidia", "usr/lib/{}-linux-gnu/tegra")
+_CUDART = re.compile(r"libcudart\.so\.([0-9]{1,3})(?:\.|$)")  # libcudart.so.11.0
+_LARGEST_CACHE = 1 << 24  # bytes
 _CACHE_MAGIC = b"glibc-ld.so.cache1.1"
 _CACHE_HEADER_BYTES, _CACHE_ENTRY_BYTES = 48, 24
 
@@ -74,8 +76,8 @@ def read_cuda(
 ) -> CudaSetup:
     """What the runtime found first in the folders `packages` wants of CUDA, and what of it is on this machine."""
     folders = [Path(folder) for folder in dict.fromkeys(packages) if folder]
-    home = next((folder for folder in folders if (folder / "onnxruntime/capi").is_dir()), None)
-    if home is None or not (home / PROVIDER).is_file():
+    home = next((folder for folder in folders if _is_folder(folder / "onnxruntime/capi")), None)
+    if home is None or not _is_file(home / PROVIDER):
         return CudaSetup()
     linked, code = _look_into(home / PROVIDER)
     major = _major(linked, read_text(home / "onnxruntime/capi/build_and_package_info.py") or "")
@@ -122,8 +124,8 @@ def _look_into(provider: Path) -> tuple[tuple[str, ...], GpuCode | None]:
 def _major(linked: Iterable[str], build_info: str) -> int | None:
     """Of CUDA, from the runtime library of CUDA that the provider is linked with, or what its build wrote down."""
     for name in linked:
-        if name.startswith("libcudart.so."):
-            return int(name.split(".")[2])  # libcudart.so.11.0
+        if match := _CUDART.match(name):
+            return int(match[1])
     written = _VERSION.search(build_info)
     return int(written[1]) if written else None
 
@@ -148,7 +150,7 @@ def _places(
     wheels = [(WHEELS, folder) for folder in sorted((home / "nvidia").glob("*/lib"))]
     of_torch: list[tuple[str, Path]] = []
     for folder in folders:
-        if (folder / "torch").is_dir():
+        if _is_folder(folder / "torch"):
             of_torch.append((TORCH, folder / "torch/lib"))
             if folder != home:
                 of_torch += [(TORCH, own) for own in sorted((folder / "nvidia").glob("*/lib"))]
@@ -166,7 +168,7 @@ def _found(name: str, places: Iterable[tuple[str, Path | Mapping[str, Path]]]) -
     seen: set[Path] = set()
     for source, place in places:
         path = place / name if isinstance(place, Path) else place.get(name)
-        if path is not None and path not in seen and path.is_file():
+        if path is not None and path not in seen and _is_file(path):
             seen.add(path)
             yield source, str(path)
 
@@ -177,7 +179,8 @@ def loader_cache(root: Path = ROOT) -> dict[str, Path]:
     The form is glibc's since 2.2: a header of 48 bytes, entries of 24 (flags, and where name and path begin), texts.
     """
     try:
-        data = (root / "etc/ld.so.cache").read_bytes()
+        with (root / "etc/ld.so.cache").open("rb") as file:
+            data = file.read(_LARGEST_CACHE)
     except OSError:
         return {}
     start = data.find(_CACHE_MAGIC)
@@ -193,6 +196,21 @@ def loader_cache(root: Path = ROOT) -> dict[str, Path]:
         if "i386" not in path:  # the driver has a library of this name for 32-bit programs
             found.setdefault(name, root / path.lstrip("/"))
     return found
+
+
+def _is_file(path: Path) -> bool:
+    """False also where the system does not let us look."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _text(data: bytes, at: int) -> str:

@@ -22,6 +22,7 @@ _CUDA_TRACES = ("dev/nvidia[0-9]*", "dev/nvhost-gpu", "usr/bin/nvidia-smi", "usr
 _CGROUP_MOUNTS = {"": ("", "unified"), "memory": ("memory",), "cpu": ("cpu", "cpu,cpuacct")}
 # cgroup v1 writes "no limit" as the largest page-aligned 63-bit number.
 _UNLIMITED_BYTES = 1 << 62
+_LARGEST_TEXT = 1 << 16  # characters of a system file that are read
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def _model(root: Path) -> str | None:
 def read_text(path: Path) -> str | None:
     """The stripped text of a small system file, or None where it cannot be read."""
     try:
-        return path.read_text(errors="replace").strip()
+        with path.open(errors="replace") as file:
+            return file.read(_LARGEST_TEXT).strip()
     except OSError:
         return None
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ELF64_LITTLE = b"\x7fELF\x02\x01"
-_SHT_DYNAMIC, _DT_NEEDED = 6, 1
+_SHT_DYNAMIC, _DT_NULL, _DT_NEEDED = 6, 0, 1
+_MOST_DYNAMIC = 1 << 16  # bytes of the section; a library has some hundred entries of 16
 _FATBIN = struct.pack("<I", 0xBA55ED50)  # opens each container of nvcc's in the section .nv_fatbin
 _PTX, _SASS = 1, 2
 _HEADER_BYTES = 32  # of an entry, as far as read here
@@ -51,14 +52,16 @@ def linked_libraries(path: Path) -> tuple[str, ...]:
     """
     with _mapped(path) as data:
         sections = _sections(data)
-        found = []
-        for section in sections:
-            if section.kind == _SHT_DYNAMIC:
-                names = sections[section.link].offset
-                for at in range(section.offset, section.offset + section.size, 16):
-                    tag, value = _unpack("<QQ", data, at)
-                    if tag == _DT_NEEDED:
-                        found.append(_text(data, names + value))
+        dynamic = next((section for section in sections if section.kind == _SHT_DYNAMIC), None)
+        if dynamic is None:
+            return ()
+        names, found = sections[dynamic.link].offset, []
+        for at in range(dynamic.offset, dynamic.offset + min(dynamic.size, _MOST_DYNAMIC), 16):
+            tag, value = _unpack("<QQ", data, at)
+            if tag == _DT_NULL:
+                break
+            if tag == _DT_NEEDED:
+                found.append(_text(data, names + value))
         return tuple(found)
 
 

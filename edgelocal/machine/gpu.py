@@ -14,6 +14,7 @@ from edgelocal.machine.device import ROOT, read_text
 
 # Device tree -> name, compute capability. The GPU of all of them works in the memory of the CPU.
 _TEGRA = {"tegra194": ("Xavier", 72), "tegra234": ("Orin", 87), "tegra264": ("Thor", 110)}
+_LARGEST = 4096  # characters of the driver's version that are looked at
 _VERSION = re.compile(r"Kernel Module.*?\s([0-9]{1,4}(?:\.[0-9]{1,4}){1,2})\s")
 
 
@@ -35,7 +36,7 @@ class Gpu:
 
 def read_gpu(root: Path = ROOT) -> Gpu:
     """What `/proc` below `root` says; an empty `Gpu` where it says nothing."""
-    found = _VERSION.search((read_text(root / "proc/driver/nvidia/version") or "") + "\n")
+    found = _VERSION.search((read_text(root / "proc/driver/nvidia/version") or "")[:_LARGEST] + "\n")
     driver = found[1] if found else None
     for name, capability in _tegra(root):
         return Gpu((f"{name} (in the chip)",), driver, capability, shared_memory=True)

@@ -28,13 +28,14 @@ class DeviceNeeds:
     """A device with a provider of its own, in bytes: what the process holds there before it plans (`context`, part of
     the idle process), what it may take there in all (`most`; None: no more is known than the budget), what kernels take
     of the arena besides tensors (`workspace`), and what every loaded graph brings of handles, outside of the arena.
-    `shared` says whether its memory is the host's."""
+    `shared` says whether its memory is the host's; where not, `host` is what the process may take there."""
 
     context: int
     most: int | None
     workspace: int
     handles: int
     shared: bool
+    host: int | None = None
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Workload:
     @property
     def least(self) -> int:
         """The smallest budget."""
-        return self.idle + min(choice.total for choice in self.choices())
+        return self.idle + min(choice.total for choice in self.possible())
 
     def fits(self, budget: int) -> bool:
         """Whether there is a plan at all."""
@@ -176,6 +176,11 @@ class Workload:
                 touched[i], region[i] = arena.touched, arena.region
             beside = self._least_beside(micro) if cut else beside  # how small the parts are makes no difference
             yield Choice(tuple(micro), ArenaBytes(max(touched), max(region)), beside)
+
+    def possible(self) -> list[Choice]:
+        """The choices that the device has room for; all of them where it has room for none."""
+        found = list(self.choices())
+        return [c for c in found if self.on_device_fits(c.micro, c.arena, c.beside)] or found
 
     def _least_beside(self, micro: Sequence[int]) -> int:
         """What lies beside the arena with nothing kept that could be given up."""

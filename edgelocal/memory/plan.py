@@ -49,11 +49,11 @@ def has_model(manifest: Manifest) -> bool:
 @dataclass(frozen=True)
 class Thresholds:
     """The smallest budgets, in bytes, from which on: everything is kept; only graphs are given up; only graphs and
-    states; and the smallest that trains at all."""
+    states; and the smallest that trains at all. None where the device is too small for it with any budget."""
 
-    everything: int
-    states: int
-    batch: int
+    everything: int | None
+    states: int | None
+    batch: int | None
     least: int
 
 
@@ -76,9 +76,8 @@ def make_plan(work: Workload, budget_bytes: int | None, wanted: Sequence[int] | 
 def make_thresholds(work: Workload) -> Thresholds:
     """The budgets at which the plan gives something up, in every start of the process."""
     work = work.anywhere
-    kept, fewer, paged = (
-        _plan(work, work.uncut, mode, None, tight=True).peak_bytes for mode in (_ALL, _STATES, _NOTHING)
-    )
+    plans = (_plan(work, work.uncut, mode, None, tight=True) for mode in (_ALL, _STATES, _NOTHING))
+    kept, fewer, paged = (plan.peak_bytes if _device_holds(work, plan) else None for plan in plans)
     return Thresholds(kept, fewer, paged, work.least)
 
 
@@ -96,9 +95,18 @@ def idle_range(measured_bytes: int) -> tuple[int, int]:
 class _Mode:
     graphs: bool  # all graphs stay loaded
     states: bool  # all states stay in memory
+    paging: str = "disk"  # where the others wait
 
 
-_ALL, _STATES, _GRAPHS, _NOTHING = _Mode(True, True), _Mode(False, True), _Mode(True, False), _Mode(False, False)
+_ALL, _STATES, _NOTHING = _Mode(True, True), _Mode(False, True), _Mode(False, False)
+# Beside a device with memory of its own. To drop graphs, which are on the host, makes no room there.
+_ON_HOST = (_Mode(True, False, "host"), _Mode(False, False, "host"))
+
+
+def _modes(work: Workload) -> tuple[_Mode, ...]:
+    """From the one that gives up least on."""
+    own_memory = work.device is not None and not work.device.shared
+    return (_ALL, _STATES, *(_ON_HOST if own_memory else ()), _NOTHING)
 
 
 def _least_given_up(work: Workload, budget: int | None) -> Plan | None:
@@ -108,26 +116,28 @@ def _least_given_up(work: Workload, budget: int | None) -> Plan | None:
         if _fits(work, plan):
             return plan
     choice = next((choice for choice in work.choices() if work.holds(choice, budget)), None)
-    if choice is None:
-        return None
-    if work.device is not None:  # to drop graphs, which are on the host, makes no room there
-        plan = _plan(work, choice.micro, _GRAPHS, budget)
-        if _fits(work, plan):
-            return plan
-    return _plan(work, choice.micro, _NOTHING, budget)
+    return None if choice is None else _with_micro(work, choice.micro, budget)
 
 
 def _with_micro(work: Workload, micro: Sequence[int], budget: int | None) -> Plan | None:
     """The best plan that fits with these micro-batches, None where none does."""
-    plans = (_plan(work, micro, mode, budget) for mode in (_ALL, _STATES, _NOTHING))
+    plans = (_plan(work, micro, mode, budget) for mode in _modes(work))
     return next((plan for plan in plans if _fits(work, plan)), None)
 
 
 def _fits(work: Workload, plan: Plan) -> bool:
     """Whether the process fits its budget, and its part on a device what that has."""
     within = plan.budget_bytes is None or plan.peak_bytes <= plan.budget_bytes
-    most = None if work.device is None else work.device.most
-    return within and (most is None or plan.device is None or plan.device.peak <= most)
+    return within and _device_holds(work, plan)
+
+
+def _device_holds(work: Workload, plan: Plan) -> bool:
+    """Whether the part on a device is no more than that has, and what lies beside it no more than the host has."""
+    if work.device is None or plan.device is None:
+        return True
+    most, host = work.device.most, work.device.host
+    within = most is None or plan.device.peak <= most
+    return within and (host is None or plan.peak_bytes - plan.device.peak <= host)
 
 
 def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None, *, tight: bool = False) -> Plan:
@@ -138,7 +148,8 @@ def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None,
     if mode.states:
         resident = frozenset(range(len(work.needs)))
     elif not tight:
-        resident = work.resident(micro, graphs, None if budget is None else budget - work.idle - arena.total)
+        bounded = budget is not None and mode.paging == "disk"  # states on the host count there
+        resident = work.resident(micro, graphs, (budget or 0) - work.idle - arena.total if bounded else None)
     loaded = work.graphs_beside(micro, None if mode.graphs else graphs)
     blocks = _blocks(work, micro, resident, loaded, table_bytes(arena.region))
     beside = work.beside(micro, graphs, resident)
@@ -146,10 +157,9 @@ def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None,
     device = None
     if work.device is not None:
         there = work.on_device(micro, arena, beside, graphs)
-        paged = sum(n.state_bytes for i, n in enumerate(work.needs) if i not in resident)
-        on_host = not (work.device.shared or tight) and (budget is None or peak + paged <= budget)
-        peak += paged * on_host
-        device = _device_plan(work, there, None if budget is None else budget - peak, on_host=on_host)
+        if mode.paging == "host":
+            peak += sum(n.state_bytes for i, n in enumerate(work.needs) if i not in resident)
+        device = _device_plan(work, there, None if budget is None else budget - peak, mode.paging)
     return Plan(
         batch=work.batch,
         schedule=work.schedule,
@@ -164,13 +174,13 @@ def _plan(work: Workload, micro: Sequence[int], mode: _Mode, budget: int | None,
     )
 
 
-def _device_plan(work: Workload, peak: int, spare: int | None, *, on_host: bool) -> DevicePlan:
+def _device_plan(work: Workload, peak: int, spare: int | None, paging: str) -> DevicePlan:
     """The part on a device; `spare` is what the budget leaves, None without one."""
     device = work.device
     assert device is not None, "there is one"
     left = [room for room in (spare, None if device.most is None else device.most - peak) if room is not None]
     limit = peak - device.context - work.handles + max(0, min(left)) if left else None
-    return DevicePlan(peak, device.context, work.handles, device.workspace, limit, "host" if on_host else "disk")
+    return DevicePlan(peak, device.context, work.handles, device.workspace, limit, paging)
 
 
 def _blocks(
@@ -209,16 +219,16 @@ def _sum(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _refusal(work: Workload, budget: int | None) -> str:
-    """Why nothing fits: the budget, or the device, is too small."""
+    """Why nothing fits: the device, or the budget, is too small."""
     plan = _tightest(work)
-    if budget is not None and plan.peak_bytes > budget:
-        return refusal(work, plan, budget)
     most = None if work.device is None else work.device.most
-    assert most is not None, "else everything is kept"
-    return device_refusal(plan, most)
+    if most is not None and not _device_holds(work, plan):
+        return device_refusal(plan, most)
+    assert budget is not None, "else everything is kept"
+    return refusal(work, plan, budget)
 
 
 def _tightest(work: Workload) -> Plan:
     """The plan that needs least."""
-    least = min(work.choices(), key=lambda choice: choice.total)
+    least = min(work.possible(), key=lambda choice: choice.total)
     return _plan(work, least.micro, _NOTHING, None, tight=True)

@@ -14,6 +14,8 @@ from functools import partial
 
 import numpy as np
 
+from edgelocal.machine.budget import rss_bytes
+from edgelocal.machine.device import describe
 from edgelocal.machine.gpu_libraries import LibraryError
 from edgelocal.machine.gpu_memory import Meter, device_memory, gpu_meter
 from edgelocal.machine.packages import release
@@ -58,10 +60,15 @@ def open_cuda(*, tf32: bool = False, may_fall_back: bool = False, bounded: bool 
         model=gpu_name(),
         tf32=tf32,
         meter=meter,
-        needs=DeviceNeeds(context, most, WORKSPACE_BYTES, HANDLES_BYTES, shared),
+        needs=DeviceNeeds(context, most, WORKSPACE_BYTES, HANDLES_BYTES, shared, None if shared else host_bytes()),
         prepare=partial(cuda_provider, tf32=tf32, may_fall_back=may_fall_back, bounded=bounded),
         waiting=pinned,
     )
+
+
+def host_bytes() -> int:
+    """What this process may take of the host's memory: what it holds, and what there is to have."""
+    return rss_bytes() + describe().effective_bytes
 
 
 def load_cuda() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -25,7 +27,7 @@ class Feed(Generic[Item, Made]):
     def __init__(self, items: Iterable[Item], make: Callable[[Item], Made], *, ahead: bool) -> None:
         self._items = iter(items)
         self._make = make
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="edgelocal-feed") if ahead else None
+        self._worker = _Worker() if ahead else None
         self._current: Callable[[], Made] | None = None
 
     def __enter__(self) -> Feed[Item, Made]:
@@ -35,8 +37,9 @@ class Feed(Generic[Item, Made]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._current = None
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        if self._worker is not None:
+            # Who interrupts does not wait for a batch, which may take long.
+            self._worker.end(wait=error is None or isinstance(error, Exception))
 
     def __iter__(self) -> Iterator[Item]:
         waiting: tuple[Item, Callable[[], Made]] | None = None
@@ -61,7 +64,38 @@ class Feed(Generic[Item, Made]):
 
     def _begin(self, item: Item) -> Callable[[], Made]:
         """Start making it, or put it off until it is taken."""
-        if self._pool is None:
+        if self._worker is None:
             return lambda: self._make(item)
-        future: Future[Made] = self._pool.submit(self._make, item)
-        return future.result
+        return self._worker.submit(lambda: self._make(item)).result
+
+
+class _Worker:
+    """A thread that does one thing after the other. A process does not wait for it when it ends."""
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._ended = False
+        self._thread = Thread(target=self._work, name="edgelocal-feed", daemon=True)
+        self._thread.start()
+
+    def submit(self, task: Callable[[], Made]) -> Future[Made]:
+        """Do it after what was given before."""
+        future: Future[Made] = Future()
+        self._tasks.put((future, task))
+        return future
+
+    def end(self, *, wait: bool) -> None:
+        """Begin nothing more; `wait` for what is being done."""
+        self._ended = True
+        self._tasks.put(None)
+        if wait:
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (given := self._tasks.get()) is not None and not self._ended:
+            future, task = given
+            try:
+                future.set_result(task())
+            except BaseException as error:  # noqa: BLE001 (raised where the result is taken)
+                future.set_exception(error)
+            del given, future, task  # what was made lives as long as who takes it wants

@@ -157,6 +157,7 @@ def _smallest(setting: Setting, units: Bundle, first: Measurement, say: Say) -> 
         threads=setting.threads,
     )
     budget = make_thresholds(work).batch
+    assert budget is not None, "the host takes any batch with some budget"
     say(f"blocks of one unit need {format_size(budget)} with nothing kept that can wait on disk")
     return budget
 

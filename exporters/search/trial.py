@@ -104,7 +104,9 @@ def whole_batch_budget(specs: Sequence[BlockSpec], request: ExportRequest) -> in
         Path(), "auto", None, None, "interleaved", samples, validate=True, augment=True, profile=None, threads=THREADS
     )
     idle = idle_process_bytes(len(render_manifest(manifest)))
-    return make_thresholds(assumed_work(manifest, plan, idle, THREADS)).batch
+    found = make_thresholds(assumed_work(manifest, plan, idle, THREADS)).batch
+    assert found is not None, "the host takes any batch with some budget"
+    return found
 
 
 def _manifest(specs: Sequence[BlockSpec], request: ExportRequest) -> Manifest:
