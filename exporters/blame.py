@@ -51,10 +51,11 @@ def blame_operator(
     block: LocalBlock,
     *,
     backward: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """The innermost submodule of `module` in whose forward pass, or with `backward` in both passes, the ATen operator
-    `target` becomes the ONNX operator `operator`, in words."""
-    path, culprit, _ = _culprit(module, inputs, partial(_has, target, operator, backward))
+    `target` becomes the ONNX operator `operator`, in words; with `dtype` one that has an operand of it."""
+    path, culprit, _ = _culprit(module, inputs, partial(_has, target, operator, backward, dtype))
     return _where(path, culprit, block)
 
 
@@ -113,7 +114,9 @@ def _fails_alike(error: Failure, child: nn.Module, arguments: Tensors) -> bool:
     return False
 
 
-def _has(target: str, operator: str, backward: bool, child: nn.Module, arguments: Tensors) -> bool:
+def _has(
+    target: str, operator: str, backward: bool, dtype: torch.dtype | None, child: nn.Module, arguments: Tensors
+) -> bool:
     batch = Batch()
     fakes = [batch.tensor(a.shape[1:], a.dtype) for a in arguments]
     try:
@@ -123,7 +126,16 @@ def _has(target: str, operator: str, backward: bool, child: nn.Module, arguments
             lower(traced.graph, builder, {n.name: n.name for n in traced.graph.nodes if n.op == "placeholder"})
     except (TraceError, UnsupportedOperatorError):
         return False
+    if dtype is not None and dtype not in _operands(traced.graph, target):
+        return False
     return any(node.op_type == operator and builder.origins.get(node.name) == target for node in builder.nodes)
+
+
+def _operands(graph: torch.fx.Graph, target: str) -> set[torch.dtype]:
+    """The types of all tensors that an ATen operator is given."""
+    calls = (node for node in graph.nodes if node.op == "call_function" and str(node.target) == target)
+    values = (given.meta.get("val") for node in calls for given in node.all_input_nodes)
+    return {value.dtype for value in values if isinstance(value, torch.Tensor)}
 
 
 class _Probe(nn.Module):

@@ -31,10 +31,12 @@ _NAMES: Mapping[int, str] = {
 
 @dataclass(frozen=True)
 class Stray:
-    """A node that would not run on the device alone: its first output, its operator, and why."""
+    """A node that would not run on the device alone: its first output, its operator, the ONNX type of the input that
+    decides, and why."""
 
     output: str
     operator: str
+    dtype: int
     reason: str
 
 
@@ -49,7 +51,9 @@ def strays(model: onnx.ModelProto, batch: int) -> tuple[Stray, ...]:
     left = _unfolded(sized, constants)
     made = {name for node in left for name in node.output}
     reasons = ((node, _reason(node, found, made)) for node in left)
-    return tuple(Stray(node.output[0], node.op_type, reason) for node, reason in reasons if reason)
+    return tuple(
+        Stray(node.output[0], node.op_type, _deciding(node, found), reason) for node, reason in reasons if reason
+    )
 
 
 def folded_bytes(model: onnx.ModelProto, batch: int) -> int:
@@ -78,7 +82,7 @@ def _reason(node: onnx.NodeProto, found: Found, made: set[str]) -> str:
     kinds = KERNELS.get(node.op_type)
     if kinds is None:
         return "has no kernel"
-    dtype = found[node.input[DECIDING.get(node.op_type, 0)]][0]
+    dtype = _deciding(node, found)
     name = _NAMES.get(dtype, f"type {dtype}")
     if name not in kinds:
         return f"has no kernel for {name}"
@@ -86,6 +90,12 @@ def _reason(node: onnx.NodeProto, found: Found, made: set[str]) -> str:
     if any(value in made for value in waits):
         return "waits for a size that depends on the values of a tensor"
     return _refused({a.name: helper.get_attribute_value(a) for a in node.attribute}, node.op_type)
+
+
+def _deciding(node: onnx.NodeProto, found: Found) -> int:
+    """The type of the input by which a kernel is chosen; undefined for an operator that takes none."""
+    place = DECIDING.get(node.op_type, 0)
+    return found[node.input[place]][0] if place < len(node.input) else TensorProto.UNDEFINED
 
 
 def _refused(attributes: Mapping[str, object], operator: str) -> str:

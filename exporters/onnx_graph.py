@@ -191,7 +191,13 @@ class GraphBuilder:
         return self.masks[-1].name
 
     def cast(self, value: str, source: torch.dtype, target: torch.dtype) -> str:
-        """`value` as dtype `target`; nothing where it already is."""
+        """`value` as dtype `target`; nothing where it already is.
+
+        Raises:
+            UnsupportedOperatorError: no graph of a bundle has this type.
+        """
+        if target not in ONNX_DTYPES:
+            raise UnsupportedOperatorError("aten._to_copy.default", f"to {target}")
         return value if source == target else self.op("Cast", value, to=ONNX_DTYPES[target])
 
     def slice(

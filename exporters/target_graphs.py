@@ -15,6 +15,7 @@ from edgelocal.exporters.forms import FORMS
 from edgelocal.exporters.memory.recompute import AGAIN
 from edgelocal.exporters.onnx_accumulate import gradient_graph
 from edgelocal.exporters.onnx_block import ExportedGraph, examples
+from edgelocal.exporters.onnx_graph import ONNX_DTYPES
 from edgelocal.exporters.onnx_step import step_graph, target_spec
 from edgelocal.exporters.request import ExportRequest
 from edgelocal.exporters.rules import LocalBlock
@@ -63,7 +64,9 @@ class Guard:
         module = LocalStep(self._block, self._request.task).train()
         if target is None:
             return f"block {self._block.name}"
-        where = blame_operator(target, stray.operator, module, examples(self._inputs), self._block, backward=True)
+        dtype = next((own for own, number in ONNX_DTYPES.items() if number == stray.dtype), None)
+        inputs = examples(self._inputs)
+        where = blame_operator(target, stray.operator, module, inputs, self._block, backward=True, dtype=dtype)
         return f"{where} uses {target}"
 
 

@@ -257,3 +257,15 @@ def test_a_provider_that_cannot_be_read_is_told_by_what_its_build_wrote(tmp_path
     assert setup.major == 12
     assert "libcublas.so.12" in setup.missing
     assert Library("libcufft.so.11", needed=False) in setup.libraries
+
+
+@pytest.mark.parametrize("entry", ["x" * 300, "/proc/1/root/lib"])
+def test_a_folder_that_cannot_be_looked_into_has_nothing(entry: str, tmp_path: Path) -> None:
+    site = install(tmp_path)
+    setup = read(tmp_path, site, Path("x" * 300), LD_LIBRARY_PATH=entry)
+    assert "libcublas.so.13" in setup.missing
+
+
+def test_a_runtime_linked_with_nonsense_has_no_version(tmp_path: Path) -> None:
+    site = install(tmp_path, ("libcudart.so..", "libcudart.so.x"))
+    assert read(tmp_path, site).major is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 
 import pytest
@@ -70,3 +71,26 @@ def test_leaving_early_ends_the_thread() -> None:
     with Feed(range(5), Made, ahead=True) as feed:
         next(iter(feed))
     assert not [t for t in threading.enumerate() if t.name.startswith("edgelocal-feed")]
+
+
+def test_who_interrupts_does_not_wait_for_a_batch() -> None:
+    begun, done = threading.Event(), threading.Event()
+
+    def make(item: int) -> int:
+        if item == 1:
+            begun.set()
+            done.wait(30)
+        return item
+
+    def interrupted() -> None:
+        with Feed(range(3), make, ahead=True) as feed:
+            for _ in feed:
+                feed.take()
+                begun.wait(10)
+                raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - started < 10
+    done.set()

@@ -212,6 +212,42 @@ def test_an_operator_without_kernel_is_named_with_its_module() -> None:
     assert "would run on the CPU; replace it in the network, or export with --target cpu" in said
 
 
+class WholeProduct(nn.Module):
+    """A matrix product of whole numbers, behind a linear layer that is one of floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.product = Product()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(self.linear(x))
+
+
+class Product(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + ((8 * x).long() @ torch.eye(8, dtype=torch.long))
+
+
+def test_the_module_is_the_one_whose_operand_has_no_kernel() -> None:
+    block = build(from_module(nn.Sequential(WholeProduct(), nn.Linear(8, 10)), "products", (8,), 10), 1, "bp")[0]
+    given = request(target="cuda")
+    graph = training_graph("step", block, given, (8,), torch.float32, "cuda")
+    with pytest.raises(ExportError, match=r"\(Product\) uses aten.mm.default: .* MatMul has no kernel for int64"):
+        Guard(block, given, (8,), torch.float32).check("step", optimise(graph, BATCH).model, graph.origins)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+def test_a_type_that_no_graph_has_is_refused(dtype: torch.dtype) -> None:
+    class Narrow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (4 * x).to(dtype).float()
+
+    block = build(from_module(nn.Sequential(Narrow(), nn.Linear(6, 10)), "narrow", (6,), 10), 1, "bp")[0]
+    with pytest.raises(ExportError, match=rf"\(Narrow\) uses aten._to_copy.default: to {dtype}"):
+        training_graph("step", block, request(), (6,), torch.float32, "cpu")
+
+
 def model_of(node: onnx.NodeProto, dtype: int, *constants: np.ndarray[Any, Any]) -> onnx.ModelProto:
     """A graph of one node on x (N, 2, 3, 4), with constants behind it."""
     names = [f"c{i}" for i in range(len(constants))]
