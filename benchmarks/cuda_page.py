@@ -191,23 +191,26 @@ TEMPLATE = """\
 {machine}
 
     make gpu CIFAR=cifar10.zip     # all of it, in .venv-gpu; or with GPU_PYTHON=python3, if it has all packages
-    make gpu-suite                 # the device suite on CUDA; without a GPU it fails
-    make gpu-parity                # step graphs against eager PyTorch in float64, with TF32 off and on
+    make gpu-suite                 # training on CUDA, whole and in parts; without a GPU it fails
+    make gpu-runtime               # the device suite on the CPU of the same runtime
+    make gpu-parity                # step graphs against eager PyTorch in float64; gpu-parity-tf32, gpu-parity-bf16
     make gpu-gradients             # forms of the gradients (benchmarks/cuda_gradients.py)
     make gpu-bench                 # memory and time (benchmarks/cuda.py)
     make gpu-learning CIFAR=...    # all of CIFAR-10 (benchmarks/learning_full.py); the table is in learning.md
 
 Every stage keeps what it measured in `out/cuda/result.json` and goes on from there when it is called again, so that a
 GPU can be had for minutes at a time (`MINUTES=8` a call). This page is drawn from that file by
-`python benchmarks/cuda.py --write`. CI has no GPU: there the same tests run with the CPU as the device, and what only a
+`python benchmarks/cuda.py --write`. `make gpu-prepare` exports all bundles beforehand and needs no GPU. An interpreter
+of your own needs PyTorch, onnx, onnxruntime-gpu and the packages of the extras `export`, `image` and `test`; the exports
+were only tried with PyTorch 2.13. CI has no GPU: there the same tests run with the CPU as the device, and what only a
 GPU can show is skipped, with its reason.
 
 ## Goals
 
 {goals}
 
-Memory is compared to PyTorch's advantage: all that our process takes of the device but the context, its libraries and
-kernels included, against what PyTorch's allocator had given out at most once it was warm.
+Memory: all that our process takes of the device but the context, in which libraries are loaded and have worked once,
+against what PyTorch's allocator had given out at most once it was warm. Ours train with `--memory-budget auto`.
 
 ## Parity
 
