@@ -200,8 +200,8 @@ TEMPLATE = """\
 
 Every stage keeps what it measured in `out/cuda/result.json` and goes on from there when it is called again, so that a
 GPU can be had for minutes at a time (`MINUTES=8` a call). This page is drawn from that file by
-`python benchmarks/cuda.py --write`. `make gpu-prepare` exports all bundles beforehand and needs no GPU. An interpreter
-of your own needs PyTorch, onnx, onnxruntime-gpu and the packages of the extras `export`, `image` and `test`; the exports
+`python benchmarks/cuda.py --write`. `make gpu-prepare` exports all bundles beforehand and needs no GPU. Another Python
+needs PyTorch, onnx, onnxruntime-gpu and the packages of the extras `export`, `image` and `test`; the exports
 were only tried with PyTorch 2.13. CI has no GPU: there the same tests run with the CPU as the device, and what only a
 GPU can show is skipped, with its reason.
 
