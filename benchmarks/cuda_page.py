@@ -217,7 +217,7 @@ against what PyTorch's allocator had given out at most once it was warm. Ours tr
 {parity}
 
 Relative errors against eager PyTorch in float64 on the CPU, as in [parity](parity.md); TF32 rounds the factors of
-products and convolutions to 10 bits, bf16 (`export --precision bfloat16`) those of products to 7.
+products and convolutions to 11 significant bits, bf16 (`export --precision bfloat16`) those of products to 8.
 
 ## Memory and time
 

@@ -23,6 +23,7 @@ from edgelocal.bundle.spec import (
     TensorSpec,
 )
 from edgelocal.errors import ExportError
+from edgelocal.exporters.memory.liveness import CPU_RULES, RULES
 from edgelocal.exporters.memory.optimise import Lean, optimise
 from edgelocal.exporters.onnx_accumulate import apply_graph
 from edgelocal.exporters.onnx_block import ExportedGraph
@@ -90,7 +91,8 @@ def write_block(
     graphs = {**trained, "apply": apply_graph(gradient, request.optimizer), "forward": forward}
     if block.auxiliary is not None:
         graphs["head"] = head_graph(block, output.shape[1:])  # type: ignore[arg-type]  # static
-    lean = {name: optimise(graph, request.defaults.batch) for name, graph in graphs.items()}
+    rules = {name: RULES[own] if name in trained else CPU_RULES for name in graphs}  # all others serve both targets
+    lean = {name: optimise(graph, request.defaults.batch, rules[name]) for name, graph in graphs.items()}
     guard = Guard(block, request, shape, dtype)
     for name in _on_cuda(request.targets, lean):
         guard.check(name, lean[name].model, graphs[name].origins)
@@ -114,7 +116,7 @@ def write_block(
         memory=BlockMemorySpec(**{name: found.memory for name, found in lean.items()}),
         macs=replace(macs, recomputed=lean["step"].recomputed),
         ort_training=_write_artifacts(writer, block, request, shape, dtype, step.inputs),
-        cuda=_write_second(writer, block, request, shape, dtype, lean) if len(request.targets) > 1 else None,
+        cuda=_write_second(writer, block, request, shape, dtype, trained) if len(request.targets) > 1 else None,
     )
 
 
@@ -131,17 +133,17 @@ def _write_second(
     request: ExportRequest,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    first: Mapping[str, Lean],
+    first: Mapping[str, ExportedGraph],
 ) -> TargetSpec | None:
     """The graphs of training for the second target; None if they are those of the first, which are in `first`."""
     target = request.targets[1]
     graphs = {kind: training_graph(kind, block, request, shape, dtype, target) for kind in ("step", "gradient")}
-    lean = {kind: optimise(graph, request.defaults.batch) for kind, graph in graphs.items()}
+    if all(_same(graph, first[kind]) for kind, graph in graphs.items()):
+        return None
+    lean = {kind: optimise(graph, request.defaults.batch, RULES[target]) for kind, graph in graphs.items()}
     guard = Guard(block, request, shape, dtype)
     for kind, graph in graphs.items():
         guard.check(kind, lean[kind].model, graph.origins)
-    if all(found.structure == first[kind].structure for kind, found in lean.items()):
-        return None
     specs = {
         kind: writer.graph(f"blocks/{block.name}/{target}/{kind}.onnx", graph, lean[kind])
         for kind, graph in graphs.items()
@@ -192,3 +194,8 @@ def _initial(block: LocalBlock, inputs: Sequence[TensorSpec]) -> dict[str, Array
         for t in inputs
         if t.kind in ("param", "buf")
     }
+
+
+def _same(graph: ExportedGraph, other: ExportedGraph) -> bool:
+    first, second = (each.model.SerializeToString(deterministic=True) for each in (graph, other))
+    return bool(first == second)

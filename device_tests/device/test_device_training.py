@@ -203,7 +203,8 @@ def test_the_terminal_and_the_page_show_the_device(
         assert "emory on a CPU, measured by pretended" in text
         known = "0 nodes ran on the CPU" if PROVIDER.tells else "it is not known which nodes ran on the CPU"
         assert f"computed on a CPU without TF32; {known}" in text
-        assert format_size(found["device"]["planned"]["tensors_bytes"]) in text
+        planned = found["device"]["planned"]
+        assert format_size(planned["tensors_bytes"] + planned["workspace_bytes"]) in text
 
 
 def test_a_plan_for_a_device_that_is_not_at_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

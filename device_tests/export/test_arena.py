@@ -16,9 +16,9 @@ from device_tests.export.touched import touched
 from edgelocal.bundle.memory_spec import table_bytes
 from edgelocal.bundle.spec import GraphSpec, TensorSpec
 from edgelocal.exporters.memory.arena import ALIGNMENT, Arena
-from edgelocal.exporters.memory.liveness import IN_PLACE, graph_of
+from edgelocal.exporters.memory.liveness import IN_PLACE, RULES, Graph, Op, buffers, graph_of
 from edgelocal.exporters.memory.model import scratch
-from edgelocal.exporters.memory.shapes import value_types
+from edgelocal.exporters.memory.shapes import Size, Typed, value_types
 from edgelocal.exporters.memory.simulate import arena_after
 
 MIB = 1 << 20
@@ -193,3 +193,28 @@ def test_a_region_just_as_large_as_the_peak_can_be_too_small() -> None:
     starts = [small.allocate(size << 10) or 0 for size in requests]
     small.free(starts[0])
     assert [small.allocate(size << 10) for size in (3, 3, 4)] == [9 << 10, 0, None]
+
+
+def test_on_a_device_what_is_freed_beside_the_rest_stays_apart() -> None:
+    """Two of 4 KiB go, and 9 come: on the host they are a part of the rest again, on a device a hole of 8 before it."""
+    ends = []
+    for joins in (True, False):
+        arena = Arena(joins_rest=joins)
+        starts = [arena.allocate(4 << 10) for _ in range(2)]
+        for start in starts:
+            arena.free(start)
+        assert arena.allocate(9 << 10) >> 10 == (0 if joins else 8)
+        ends.append(arena.peak >> 10)
+        assert arena.copy().allocate(2 << 10) >> 10 == (9 if joins else 0)
+    assert ends == [9, 17]
+
+
+def test_cuda_writes_fewer_results_over_their_inputs() -> None:
+    nodes = [helper.make_node("Exp", ["x"], ["a"]), helper.make_node("Softmax", ["a"], ["b"])]
+    nodes += [helper.make_node("Relu", ["b"], ["c"]), helper.make_node("Exp", ["c"], ["y"])]
+    sizes = {name: Typed(onnx.TensorProto.FLOAT, ("N", 1000), Size(0, 4000)) for name in "xabcy"}
+    found = {}
+    for name, rules in RULES.items():
+        graph = Graph(tuple(map(Op.of, nodes)), sizes, frozenset("xy"), {}, rules)
+        found[name] = [new for _, new, _ in buffers(graph)]
+    assert found == {"cpu": [["a"], [], [], []], "cuda": [["a"], ["b"], [], []]}

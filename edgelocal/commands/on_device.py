@@ -56,6 +56,11 @@ def device_notes(device: Accelerator, provider: Provider) -> list[str]:
         notes.append(f"{found.total()} nodes ran on the CPU, as --allow-cpu-fallback permits: {listed}")
     if provider.may_fall_back and not provider.tells:
         notes.append("this runtime does not tell which nodes run on the CPU; onnxruntime-gpu 1.24.1 and later do")
+    if not provider.one_arena:
+        notes.append(
+            "this runtime keeps tensors in an arena of their own, which grows by powers of two and counts as handles "
+            "and code here: onnxruntime-gpu 1.23 and later do not"
+        )
     if not device.meter.counts_context:
         notes.append("nothing here tells what CUDA's context takes of the device, so neither budget nor peak counts it")
     return notes
@@ -74,17 +79,19 @@ def device_report(device: Accelerator, trainer: Trainer) -> dict[str, Any]:
     provider.give_back()
     kept = device.meter.used_bytes()
     arena = max(0, held - kept)
+    peak = max(held, trainer.memory.device_peak_bytes)
     return {
         "name": device.name,
         "gpu": device.model,
         "shared_memory": device.needs.shared,
         "tf32": device.tf32,
         "measured_by": device.meter.source,
-        "peak_bytes": max(held, trainer.memory.device_peak_bytes),
+        "peak_bytes": peak,
         "context_bytes": device.needs.context if device.meter.counts_context else None,
         "arena_bytes": arena,
         "workspace_bytes": max(0, arena - planned.tensors) if planned else None,
-        "outside_bytes": max(0, kept - device.needs.context),
+        # Handles of graphs that were dropped before this was measured are in the peak.
+        "outside_bytes": max(0, peak - device.needs.context - arena),
         "fallback_nodes": provider.strays.total() if provider.tells else None,
         "planned": None if planned is None else planned.as_dict(),
     }

@@ -26,8 +26,8 @@ def device_rows(report: Report) -> list[list[str]]:
     planned = device.planned or DevicePlan()
     rows = [
         ("context", planned.context_bytes, device.context_bytes),
-        ("tensors", planned.tensors_bytes, _less(device.arena_bytes, device.workspace_bytes)),
-        ("workspace", planned.workspace_bytes, device.workspace_bytes),
+        ("arena", _sum(planned.tensors_bytes, planned.workspace_bytes), device.arena_bytes),
+        ("of it beyond planned tensors", planned.workspace_bytes, device.workspace_bytes),
         ("handles and code", planned.handles_bytes, device.outside_bytes),
         ("peak", planned.peak_bytes, device.peak_bytes),
     ]
@@ -49,5 +49,5 @@ def device_text(report: Report) -> str:
     return f"computed on {device.gpu or device.name} {precision}; {cpu}{where}"
 
 
-def _less(whole: int | None, part: int | None) -> int | None:
-    return None if whole is None else whole - (part or 0)
+def _sum(first: int | None, second: int | None) -> int | None:
+    return None if first is None or second is None else first + second

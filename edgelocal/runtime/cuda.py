@@ -45,8 +45,7 @@ def open_cuda(*, tf32: bool = False, may_fall_back: bool = False, bounded: bool 
     Raises:
         RuntimeMissingError: the runtime that is installed has no CUDA, its libraries are missing, or there is no GPU.
     """
-    if bounded:
-        os.environ.setdefault(*_SMALL_WORKSPACE)
+    os.environ.setdefault(*_SMALL_WORKSPACE)
     load_cuda()
     meter = _meter()  # before there is a context, so that it is counted
     warm_up(tf32=tf32)

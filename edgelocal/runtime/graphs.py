@@ -5,6 +5,7 @@ from __future__ import annotations
 from edgelocal.bundle.folder import Bundle
 from edgelocal.bundle.spec import GraphSpec
 from edgelocal.memory.needs import loaded_bytes
+from edgelocal.memory.peaks import SESSIONS
 from edgelocal.memory.recency import Recency
 from edgelocal.runtime.arena import give_back
 from edgelocal.runtime.provider import CPU, Provider
@@ -19,6 +20,7 @@ class GraphPool:
 
     def __init__(self, bundle: Bundle, threads: int, limit_bytes: int | None = None, provider: Provider = CPU) -> None:
         self.provider = provider
+        self._times = SESSIONS if provider.fixed_batch else 1
         self.place = provider.place
         self.loads = 0
         self._bundle = bundle
@@ -34,7 +36,7 @@ class GraphPool:
             BundleError: the file is not what the manifest says.
             BudgetError: no memory to load it.
         """
-        dropped = self._recency.use(spec.key, loaded_bytes(spec, self._threads))
+        dropped = self._recency.use(spec.key, self._times * loaded_bytes(spec, self._threads))
         for key in dropped:
             del self._graphs[key]
         if dropped:

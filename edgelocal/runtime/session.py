@@ -11,12 +11,12 @@ from typing import Any
 from edgelocal.bundle.onnx_scan import scan
 from edgelocal.bundle.spec import BATCH, GraphSpec, TensorSpec
 from edgelocal.errors import BundleError, EdgelocalError, OverBudgetError
+from edgelocal.memory.peaks import SESSIONS
 from edgelocal.runtime.arena import UNPLANNED, empty_arena, releasing, reserve
 from edgelocal.runtime.library import translated
 from edgelocal.runtime.provider import CPU, Provider
 from edgelocal.runtime.tensor import Tensor
 
-MOST_SESSIONS = 2  # of a graph, where each is for one size of the batch: the batch, and what is left at an epoch's end
 TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
 
 
@@ -81,9 +81,10 @@ class Graph:
             except Exception as error:
                 raise translated(error, f"{self.spec.file} cannot be loaded") from error
             self._check_signature(session, batch)
-            if len(self._sessions) == MOST_SESSIONS:
+            if len(self._sessions) == SESSIONS:
                 del self._sessions[next(iter(self._sessions))]
             self._sessions[batch] = session
+        self._sessions[batch] = self._sessions.pop(batch)  # the last used is dropped last
         return self._sessions[batch]
 
     def _check_signature(self, session: Any, batch: int | None) -> None:

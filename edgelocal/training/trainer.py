@@ -119,6 +119,7 @@ class Trainer:
         """
         if self._cache_folder is not None:
             OutputCache.clear(self._cache_folder)
+        self.memory.look_at_device()
         try:
             self.stop_point(watcher)
             for number in range(self.position.stage, len(self.stages)):

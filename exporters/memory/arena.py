@@ -23,10 +23,11 @@ class Arena:
 
     The untouched rest of a region that ends is a free chunk like any other: as long as it is no smaller than the chunk
     that is taken here, it is not taken there. `room` bytes are the least for that; in a region of so many, and at least
-    `peak`, everything lies where it lies here.
+    `peak`, everything lies where it lies here. With `joins_rest` what is freed beside the rest becomes a part of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, joins_rest: bool = True) -> None:
+        self._joins_rest = joins_rest
         self.peak = 0
         self.room = 0
         self.used = 0
@@ -38,7 +39,7 @@ class Arena:
 
     def copy(self) -> Arena:
         """The same moment, to go on from in another way."""
-        other = Arena()
+        other = Arena(joins_rest=self._joins_rest)
         other.peak, other.room, other.used, other._end = self.peak, self.room, self.used, self._end
         other._bins = {number: chunks[:] for number, chunks in self._bins.items() if chunks}
         other._free_at, other._free_end = dict(self._free_at), dict(self._free_end)
@@ -64,7 +65,7 @@ class Arena:
             start = before
         if start + size in self._free_at:
             size += self._drop(start + size)
-        if start + size == self._end:
+        if start + size == self._end and self._joins_rest:
             self._end = start
         else:
             self._add(start, size)

@@ -25,7 +25,23 @@ IN_PLACE = frozenset(
         *("Softsign", "Clip", "Softmax", "LogSoftmax", "Cast", "ScatterElements"),
     )
 )
+# The CUDA provider lets activations do so and no others of these (MayInplace in its kernels' definitions, 1.25).
+IN_PLACE_CUDA = IN_PLACE - {"Celu", "Clip", "Softmax", "LogSoftmax", "Cast", "ScatterElements"}
 ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What differs from device to device: the operators that write over their input, and whether a chunk that is freed
+    in a run joins the untouched rest of the arena's region. On a device it does not until the run ends: it belongs to
+    the run's stream, the rest to none (BFCArena::Coalesce, 1.25)."""
+
+    in_place: frozenset[str]
+    joins_rest: bool
+
+
+CPU_RULES, CUDA_RULES = Rules(IN_PLACE, True), Rules(IN_PLACE_CUDA, False)
+RULES = {"cpu": CPU_RULES, "cuda": CUDA_RULES}
 
 
 @dataclass(frozen=True)
@@ -62,14 +78,15 @@ class Graph:
     types: Mapping[str, Typed]
     outer: frozenset[str]  # inputs, outputs and constants: not allocated by a run
     ints: Mapping[str, tuple[int, ...]]  # the constants of whole numbers in one dimension: shapes, axes, bounds
+    rules: Rules = CPU_RULES
 
 
-def graph_of(model: onnx.ModelProto, types: Mapping[str, Typed]) -> Graph:
-    """The graph of a model whose nodes are in the order of execution."""
+def graph_of(model: onnx.ModelProto, types: Mapping[str, Typed], rules: Rules = CPU_RULES) -> Graph:
+    """The graph of a model whose nodes are in the order of execution, where these rules hold."""
     graph = model.graph
     outer = frozenset(v.name for v in (*graph.input, *graph.output, *graph.initializer))
     ints = {i.name: tuple(map(int, numpy_helper.to_array(i))) for i in graph.initializer if _is_list(i)}
-    return Graph(tuple(map(Op.of, graph.node)), types, outer, ints)
+    return Graph(tuple(map(Op.of, graph.node)), types, outer, ints, rules)
 
 
 def _is_list(constant: onnx.TensorProto) -> bool:
@@ -80,7 +97,7 @@ class Walk:
     """What is known of the buffers between two nodes of a run."""
 
     def __init__(self, graph: Graph) -> None:
-        self._types, self._outer = graph.types, graph.outer
+        self._types, self._outer, self._in_place = graph.types, graph.outer, graph.rules.in_place
         self._uses = Counter(name for op in graph.ops for name in op.inputs)
         self._root: dict[str, str] = {}  # of values that live or lived: the buffer they lie in
         self._left: dict[str, int] = {}  # uses still to come
@@ -89,6 +106,7 @@ class Walk:
         """The same moment, to go on from in another way."""
         other = object.__new__(Walk)
         other._types, other._outer, other._uses = self._types, self._outer, self._uses
+        other._in_place = self._in_place
         other._root, other._left = dict(self._root), dict(self._left)
         return other
 
@@ -118,7 +136,7 @@ class Walk:
         """The buffer that `output` shares with an input, if it does."""
         if op.kind in ALIASES:
             return self._root.get(op.inputs[0], op.inputs[0])
-        if op.kind in IN_PLACE:
+        if op.kind in self._in_place:
             source = op.inputs[0]
             buffer = self._root.get(source)
             if buffer is not None and self._left[buffer] == 1 and _same(self._types[source], self._types[output]):

@@ -14,7 +14,7 @@ import onnx
 from onnx import numpy_helper
 
 from edgelocal.bundle.memory_spec import MemorySpec
-from edgelocal.exporters.memory.liveness import Graph, graph_of, overwritable
+from edgelocal.exporters.memory.liveness import CPU_RULES, Graph, Rules, graph_of, overwritable
 from edgelocal.exporters.memory.merge import simplify
 from edgelocal.exporters.memory.model import memory_model, scratch
 from edgelocal.exporters.memory.narrow import narrow
@@ -27,7 +27,7 @@ from edgelocal.exporters.memory.trade import computed_again, trade
 from edgelocal.exporters.onnx_block import ExportedGraph
 
 _ROUNDS = 2  # a value computed again may wait for two uses in turn
-_DONE: dict[tuple[bytes, int], Lean] = {}
+_DONE: dict[tuple[bytes, int, Rules], Lean] = {}
 _SEARCHED = 2000  # nodes; for larger graphs it would take minutes
 _MOST_DONE = 64  # bounds what a long process keeps
 
@@ -44,8 +44,9 @@ class Lean:
     recomputed: int
 
 
-def optimise(exported: ExportedGraph, batch: int) -> Lean:
-    """The graph with the lowest peak found for `batch` samples, and its memory model for any batch.
+def optimise(exported: ExportedGraph, batch: int, rules: Rules = CPU_RULES) -> Lean:
+    """The graph with the lowest peak found for `batch` samples where these rules hold, and its memory model for any
+    batch.
 
     What it computes stays the same, bit by bit but for large products in halves (narrow.py); the order of nodes and
     what is computed again differ.
@@ -54,20 +55,20 @@ def optimise(exported: ExportedGraph, batch: int) -> Lean:
     names |= {t.name: f"out/{i}" for i, t in enumerate(exported.outputs)}
     model = _renamed(exported.model, names)
     pairs = {names[t.name]: names[f"new/{t.name}"] for t in exported.inputs if f"new/{t.name}" in names}
-    key = model.SerializeToString(deterministic=True), batch
+    key = model.SerializeToString(deterministic=True), batch, rules
     if key not in _DONE:
         while len(_DONE) >= _MOST_DONE:
             del _DONE[next(iter(_DONE))]
         loss = next((names[t.name] for t in exported.outputs if t.name == "loss"), None)
-        _DONE[key] = _optimised(model, batch, loss, pairs)
+        _DONE[key] = _optimised(model, batch, loss, pairs, rules)
     lean = _DONE[key]
     back = {new: old for old, new in names.items()}
     return replace(lean, model=_renamed(lean.model, back), in_place=tuple(back[name] for name in lean.in_place))
 
 
-def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapping[str, str]) -> Lean:
+def _optimised(model: onnx.ModelProto, batch: int, loss: str | None, pairs: Mapping[str, str], rules: Rules) -> Lean:
     model = simplify(model)
-    best = graph = queries_first(graph_of(model, value_types(model)))
+    best = graph = queries_first(graph_of(model, value_types(model), rules))
     for _ in range(_ROUNDS):
         for trial in (sink(graph, batch), recompute(graph, batch, loss) if loss else graph):
             graph = trial

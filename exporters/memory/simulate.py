@@ -20,7 +20,7 @@ class Run:
     """A run on `batch` samples under way."""
 
     def __init__(self, graph: Graph, batch: int, workspace: Workspace) -> None:
-        self.arena = Arena()
+        self.arena = Arena(joins_rest=graph.rules.joins_rest)
         self._types, self._batch, self._workspace = graph.types, batch, workspace
         self._walk = Walk(graph)
         self._places: dict[str, int] = {}

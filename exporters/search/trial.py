@@ -21,6 +21,7 @@ from edgelocal.bundle.spec import (
     graphs_of,
 )
 from edgelocal.commands.plan import PlanRequest, assumed_work
+from edgelocal.exporters.memory.liveness import RULES
 from edgelocal.exporters.memory.optimise import optimise
 from edgelocal.exporters.request import ExportRequest
 from edgelocal.exporters.rules import LocalBlock
@@ -37,7 +38,7 @@ def trial_block(block: LocalBlock, request: ExportRequest, shape: tuple[int, ...
     """The block with its step graph alone, which stands in for the others: none of them needs more. Of its MACs only
     `recomputed` is filled in."""
     exported = training_graph("step", block, request, shape, dtype, request.targets[0])
-    lean = optimise(exported, request.defaults.batch)
+    lean = optimise(exported, request.defaults.batch, RULES[request.targets[0]])
     step = GraphSpec(
         f"blocks/{block.name}/step.onnx",
         exported.inputs,
