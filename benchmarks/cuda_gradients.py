@@ -28,6 +28,7 @@ import numpy as np
 import onnx
 import torch
 from convolution_shapes import SHAPES, Shape, operands, used
+from on_device import make_provider
 
 from edgelocal.exporters.forms import CUDA, Forms
 from edgelocal.exporters.lowering.convolution import input_gradient
@@ -37,8 +38,8 @@ from edgelocal.exporters.memory.model import scratch
 from edgelocal.exporters.memory.shapes import value_types
 from edgelocal.exporters.memory.simulate import arena_peak
 from edgelocal.exporters.onnx_graph import GraphBuilder, Value, value_info
+from edgelocal.machine.gpu_memory import device_memory
 from edgelocal.runtime.arena import releasing
-from edgelocal.runtime.cuda import cuda_provider, device_memory
 from edgelocal.runtime.provider import CPU, Provider
 
 BATCHED, MERGED = 1 << 30, 0
@@ -259,7 +260,7 @@ def main() -> None:
     if options.write and options.device != "cuda":
         parser.error("--write is for --device cuda: figures of a CPU would be read as those of a GPU")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
-    device = CPU if options.device == "cpu" else cuda_provider(tf32=options.tf32)
+    device = make_provider(options.device, tf32=options.tf32)
     rows = kept_rows(options)
     for number in options.shapes.split(","):
         shape = SHAPES[int(number) - 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgelocal.errors import RuntimeMissingError
-from edgelocal.runtime.cuda import NAME, cuda_provider, settings
+from edgelocal.runtime.cuda import NAME, open_cuda, settings
 from edgelocal.runtime.library import runtime
 
 no_cuda = pytest.mark.skipif(NAME in runtime().get_available_providers(), reason="this runtime has CUDA")
@@ -14,7 +14,7 @@ no_cuda = pytest.mark.skipif(NAME in runtime().get_available_providers(), reason
 @no_cuda
 def test_a_runtime_without_cuda_is_told_what_to_install() -> None:
     with pytest.raises(RuntimeMissingError, match=f"has no {NAME}: .*(pip install|NVIDIA's driver)"):
-        cuda_provider()
+        open_cuda()
 
 
 def test_settings_are_text_and_bounded() -> None:

@@ -9,18 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from edgelocal.machine.budget import format_size
-from edgelocal.machine.cuda_doctor import Cuda, capabilities, dotted
-from edgelocal.machine.cuda_libraries import read_cuda
-from edgelocal.machine.device import describe
+from edgelocal.machine.cuda_doctor import capabilities, dotted
 from edgelocal.machine.doctor import examine, installed_packages
 from edgelocal.machine.elf import GpuCode
-from edgelocal.machine.gpu import read_gpu
+from edgelocal.runtime.cuda_setup import look
 
 
 def doctor_report() -> dict[str, Any]:
     """What `doctor --json` prints."""
-    device = describe()
-    return examine(device, installed_packages(), Cuda(read_gpu(), read_cuda(machine=device.machine))).as_dict()
+    device, cuda = look()
+    return examine(device, installed_packages(), cuda).as_dict()
 
 
 def doctor_table(report: dict[str, Any]) -> Table:

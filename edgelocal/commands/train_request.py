@@ -83,12 +83,8 @@ def make_request(
         hyper=dict(_hyper(item) for item in hyper),
         runtime=choose_runtime(runtime, manifest),
     )
-    if config.runtime == ORT_TRAINING and micro_batch is not None:
-        raise UsageError("--micro-batch needs --runtime portable: the artifacts take the whole batch at once")
-    if config.runtime == ORT_TRAINING and on_oom == "replan":
-        raise UsageError("--on-oom replan needs --runtime portable: for the artifacts nothing is planned")
-    if config.runtime == ORT_TRAINING and device != "cpu":
-        raise UsageError("--device cuda needs --runtime portable: the artifacts' last runtime is not made for it here")
+    if config.runtime == ORT_TRAINING:
+        _check_artifacts(micro_batch, on_oom, device)
     if not checkpoint_seconds > 0:
         raise UsageError(f"--checkpoint-seconds is {checkpoint_seconds}, expected a number above 0")
     budget = None if memory_budget is None else parse_budget(memory_budget, describe().effective_bytes)
@@ -109,6 +105,16 @@ def make_request(
         memory_budget=memory_budget,
         device=DeviceRequest(device, tf32, allow_cpu_fallback),
     )
+
+
+def _check_artifacts(micro_batch: int | None, on_oom: str, device: Device) -> None:
+    """That nothing is asked for which the training artifacts cannot do."""
+    if micro_batch is not None:
+        raise UsageError("--micro-batch needs --runtime portable: the artifacts take the whole batch at once")
+    if on_oom == "replan":
+        raise UsageError("--on-oom replan needs --runtime portable: for the artifacts nothing is planned")
+    if device != "cpu":
+        raise UsageError("--device cuda needs --runtime portable: the artifacts' last runtime is not made for it here")
 
 
 def choose_runtime(asked: str, manifest: Manifest) -> str:

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgelocal.memory.needs import DeviceNeeds
+from edgelocal.memory.needs import DEVICE_ALIGNMENT, DeviceNeeds
 from edgelocal.memory.planned import DevicePlan
 from edgelocal.runtime.library import runtime_info
 from edgelocal.runtime.provider import Provider
 from edgelocal.runtime.tensor import DeviceTensor
 from edgelocal.storage.tensors import Array
 
-ALIGNMENT = 256  # bytes, of what the arena hands out
 # In plans: what kernels take of the arena, and what every graph brings of handles with their own memory. Both are
 # assumptions, beside which reports show what it was.
 WORKSPACE_BYTES, HANDLES_BYTES = 64 << 20, 8 << 20
@@ -82,5 +81,5 @@ def reserve(provider: Provider, region_bytes: int) -> None:
         OverBudgetError: the device does not have it.
     """
     if provider.place.device is not None:
-        size = -(-region_bytes // ALIGNMENT) * ALIGNMENT
+        size = -(-region_bytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
         DeviceTensor(provider.place.device, (size,), "uint8")

@@ -162,11 +162,10 @@ class Block:
         second = self.spec.accumulation
         if second is None:
             raise UsageError("this bundle cannot accumulate gradients: export it again, or give a smaller --batch")
-        place = self._graphs.place
-        sums = zero_sums(second, place)
+        sums = zero_sums(second, self.place)
         state |= sums
         samples = batch["x"].batch
-        h = place.empty(second.gradient.outputs[0].resolve(samples), second.gradient.outputs[0].dtype)
+        h = self.place.empty(second.gradient.outputs[0].resolve(samples), second.gradient.outputs[0].dtype)
         loss = metric = 0.0
         for start in range(0, samples, size):
             stop = min(start + size, samples)
@@ -210,7 +209,7 @@ class Block:
                 results[tensor.name] = state[old]
             else:
                 # Numbers come down, states and all else stay there.
-                place = HOST if tensor.shape == () and old == tensor.name else self._graphs.place
+                place = HOST if tensor.shape == () and old == tensor.name else self.place
                 results[tensor.name] = place.empty(tensor.resolve(batch), tensor.dtype)
         self._graphs.get(spec).run(inputs, list(results.values()), release=release)
         state |= {n.removeprefix("new/"): value for n, value in results.items() if n.startswith("new/")}
@@ -220,14 +219,14 @@ class Block:
         graph = self._graphs.get(spec)
         state = self._load()
         inputs = [x, *(state[t.name] for t in spec.inputs[1:])]
-        output = self._graphs.place.empty(spec.outputs[0].resolve(x.batch), spec.outputs[0].dtype)
+        output = self.place.empty(spec.outputs[0].resolve(x.batch), spec.outputs[0].dtype)
         graph.run(inputs, [output], release=release)
         return output
 
     def _load(self) -> dict[str, Tensor]:
         if self._page is None:
             return dict(self._state)
-        return {name: self._graphs.place.of(array) for name, array in self._page.read().items()}
+        return {name: self.place.of(array) for name, array in self._page.read().items()}
 
     def _store(self, state: dict[str, Tensor]) -> None:
         if self._page is None:

@@ -17,7 +17,7 @@ import numpy as np
 from edgelocal.machine.budget import rss_bytes
 from edgelocal.machine.device import describe
 from edgelocal.machine.gpu_libraries import LibraryError
-from edgelocal.machine.gpu_memory import Meter, device_memory, gpu_meter
+from edgelocal.machine.gpu_memory import Meter, gpu_meter
 from edgelocal.machine.packages import release
 from edgelocal.memory.needs import DeviceNeeds
 from edgelocal.runtime.accelerator import HANDLES_BYTES, WORKSPACE_BYTES, Accelerator
@@ -28,8 +28,6 @@ from edgelocal.runtime.library import runtime
 from edgelocal.runtime.provider import Provider
 from edgelocal.runtime.tensor import Place
 from edgelocal.runtime.tiny import tiny_model
-
-__all__ = ["NAME", "cuda_provider", "device_memory", "load_cuda", "open_cuda", "settings", "warm_up"]
 
 NAME = PROVIDER
 _SAME_AS_REQUESTED = 1  # of the arena's strategies: a region is as large as what did not fit, and can be given back
@@ -106,12 +104,8 @@ def warm_up(*, tf32: bool) -> None:
 def cuda_provider(
     limit_bytes: int | None = None, *, tf32: bool = False, may_fall_back: bool = False, bounded: bool = False
 ) -> Provider:
-    """The CUDA provider with an arena of at most `limit_bytes` (None: what the device has), once in a process.
-
-    Raises:
-        RuntimeMissingError: the runtime that is installed has none, or its libraries are missing.
-    """
-    load_cuda()
+    """The CUDA provider with an arena of at most `limit_bytes` (None: what the device has), once in a process; its
+    libraries are loaded."""
     _share_arena(limit_bytes)
     return Provider(
         name=NAME,
